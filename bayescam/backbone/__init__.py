@@ -1,0 +1,1 @@
+"""The deterministic CNN: maps -> pool -> head, its training, and frozen features."""

@@ -1,0 +1,1 @@
+"""Radiographs in: one image, many images, patient splits, downloads and the phantom."""

@@ -1,0 +1,1 @@
+"""ArviZ export, convergence, Laplace against NUTS, calibration, simulation-based calibration."""

@@ -1,0 +1,1 @@
+"""Class activation maps with their posterior, region statements, localisation against masks."""

@@ -1,0 +1,1 @@
+"""The Bayesian last layer: model, MAP, curvature, Laplace, evidence, refinement, NUTS, predictives."""

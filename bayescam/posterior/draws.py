@@ -1,0 +1,63 @@
+"""``Draws``: the narrow waist between inference and everything that uses a posterior."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Posterior draws of the last layer, whoever made them.
+
+    Args:
+        weight: (C, S, K, D).
+        bias: (C, S, K).
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __post_init__(self) -> None:
+        if self.weight.dim() != 4:
+            raise ValueError(f"weight must be (C, S, K, D), got shape {tuple(self.weight.shape)}")
+        if self.bias.shape != self.weight.shape[:3]:
+            raise ValueError(
+                f"bias must be (C, S, K) = {tuple(self.weight.shape[:3])}, got {tuple(self.bias.shape)}"
+            )
+
+    @property
+    def num_chains(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def num_samples(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def num_classes(self) -> int:
+        return self.weight.shape[2]
+
+    @property
+    def num_features(self) -> int:
+        return self.weight.shape[3]
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """All chains one after another: weight (C*S, K, D), bias (C*S, K)."""
+        return self.weight.flatten(0, 1), self.bias.flatten(0, 1)
+
+    def centred(self) -> Draws:
+        """The same draws without the part that softmax cannot see: w_c - mean_k w_k, b_c - mean_k b_k."""
+        return Draws(
+            self.weight - self.weight.mean(2, keepdim=True), self.bias - self.bias.mean(2, keepdim=True)
+        )
+
+    def theta(self) -> Tensor:
+        """Weights row-major, then biases: (C, S, P), the order of Pyro's guide."""
+        return torch.cat([self.weight.flatten(2), self.bias], dim=-1)
+
+    def __repr__(self) -> str:
+        c, s, k, d = self.weight.shape
+        return f"Draws(chains={c}, draws={s}, classes={k}, features={d}, {self.weight.dtype})"

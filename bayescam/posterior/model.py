@@ -1,0 +1,57 @@
+"""The one density of the project: a multinomial-logit last layer with an isotropic Gaussian prior, in Pyro.
+
+MAP, Hessian, evidence, refinement and NUTS all target it: ``last_layer`` states it to Pyro, and ``negative_log_joint``
+is the same number (and its gradient) in closed form, which ``tests/posterior/test_model.py`` holds to Pyro's trace.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+
+def last_layer(
+    features: Tensor,
+    labels: Tensor | None = None,
+    *,
+    num_classes: int,
+    prior_precision: float | Tensor,
+    class_weights: Tensor | None = None,
+) -> Tensor:
+    """The Pyro model of the last layer.
+
+    weight, bias ~ Normal(0, tau^-1/2) i.i.d.;  y_n ~ Categorical(softmax(weight phi_n + bias)).
+
+    With ``class_weights`` (K,) the likelihood is generalised: log p(y_n) is multiplied by class_weights[y_n].
+
+    Args:
+        features: phi, (N, D).
+        labels: (N,) whole numbers in 0..K-1, or None to simulate.
+        num_classes: K.
+        prior_precision: tau > 0.
+        class_weights: (K,) positive, or None for the plain likelihood.
+
+    Returns:
+        The labels, (N,).
+    """
+    n, d = features.shape
+    sd = torch.as_tensor(prior_precision, dtype=features.dtype, device=features.device).rsqrt()
+    zero = features.new_zeros(())
+    weight = pyro.sample("weight", dist.Normal(zero, sd).expand([num_classes, d]).to_event(2))
+    bias = pyro.sample("bias", dist.Normal(zero, sd).expand([num_classes]).to_event(1))
+    weight, bias = weight.reshape(-1, num_classes, d), bias.reshape(-1, 1, num_classes)
+    logits = features @ weight.mT + bias
+    logits = logits[0] if logits.shape[0] == 1 else logits
+    scale = 1.0 if class_weights is None or labels is None else class_weights[labels]
+    with pyro.plate("images", n), pyro.poutine.scale(scale=scale):
+        return pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+
+def log_prior(theta: Tensor, prior_precision: float) -> Tensor:
+    """log Normal(theta; 0, tau^-1 I), constants included; theta (..., P) -> (...)."""
+    p = theta.shape[-1]
+    return 0.5 * p * math.log(prior_precision / (2 * math.pi)) - 0.5 * prior_precision * theta.square().sum(-1)
