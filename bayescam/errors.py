@@ -17,3 +17,7 @@ class NotPositiveDefiniteError(BayescamError, ArithmeticError):
 
 class ConvergenceError(BayescamError, ArithmeticError):
     """An optimisation stopped away from its optimum; the message has the number that is too large."""
+
+
+class FileFormatError(BayescamError, ValueError):
+    """A file is absent, broken, foreign or of another kind; the message names it."""

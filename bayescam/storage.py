@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bayescam.errors import FileFormatError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -62,3 +69,47 @@ def _fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
+    """Write tensors and JSON metadata as one safetensors file, atomically; no code can hide in it."""
+    from safetensors.torch import save_file
+
+    header = {"bayescam": json.dumps(dict(metadata), sort_keys=True)}
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(whole, str(temporary), metadata=header)
+
+
+def load_tensors(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what ``save_tensors`` wrote and refuse everything else by name.
+
+    Args:
+        path: the file.
+        kind: the ``kind`` that the metadata must carry ("backbone", "laplace", ...).
+
+    Raises:
+        FileFormatError: absent, truncated, foreign, another kind, or holding NaN or infinite numbers.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileFormatError(f"{path}: no such file; give the path of a {kind} file that bayescam wrote")
+    try:
+        with safe_open(str(path), framework="pt") as stored:
+            header = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
+        raise FileFormatError(f"{path}: not a whole safetensors file ({error}); write it again") from error
+    try:
+        metadata = json.loads(header["bayescam"])
+        found = metadata["kind"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{path}: not written by bayescam (no metadata of ours)") from error
+    if found != kind:
+        raise FileFormatError(f"{path}: holds a {found!r}, not a {kind!r}; give the right file")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise FileFormatError(f"{path}: tensor {name!r} holds NaN or infinite numbers; write it again")
+    return tensors, metadata
