@@ -24,9 +24,7 @@ class Draws:
         if self.weight.dim() != 4:
             raise ValueError(f"weight must be (C, S, K, D), got shape {tuple(self.weight.shape)}")
         if self.bias.shape != self.weight.shape[:3]:
-            raise ValueError(
-                f"bias must be (C, S, K) = {tuple(self.weight.shape[:3])}, got {tuple(self.bias.shape)}"
-            )
+            raise ValueError(f"bias must be (C, S, K) = {tuple(self.weight.shape[:3])}, got {tuple(self.bias.shape)}")
 
     @property
     def num_chains(self) -> int:
@@ -50,9 +48,7 @@ class Draws:
 
     def centred(self) -> Draws:
         """The same draws without the part that softmax cannot see: w_c - mean_k w_k, b_c - mean_k b_k."""
-        return Draws(
-            self.weight - self.weight.mean(2, keepdim=True), self.bias - self.bias.mean(2, keepdim=True)
-        )
+        return Draws(self.weight - self.weight.mean(2, keepdim=True), self.bias - self.bias.mean(2, keepdim=True))
 
     def theta(self) -> Tensor:
         """Weights row-major, then biases: (C, S, P), the order of Pyro's guide."""
