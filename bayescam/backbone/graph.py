@@ -17,7 +17,8 @@ class _Tracer(fx.Tracer):
     """Keeps torch's and torchvision's own blocks whole: their train/eval switch must stay theirs."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m.__module__.startswith(("torch.nn", "torchvision.ops"))
+        is_block = m.__module__.startswith(("torch.nn", "torchvision.ops"))
+        return is_block and not isinstance(m, nn.Sequential)
 
 
 class Split:
@@ -45,7 +46,7 @@ def last_linear(net: nn.Module) -> str:
     """The name of the network's last ``nn.Linear``: the layer that bayescam makes Bayesian."""
     names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
     if not names:
-        raise ValueError(f"{type(net).__name__} has no nn.Linear: name the last layer by head=")
+        raise ValueError(f"{type(net).__name__} does not end in an nn.Linear: there is no layer to make Bayesian")
     return names[-1]
 
 
@@ -122,7 +123,7 @@ def _is_pooling(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 def _before_pooling(features: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
     node = features
     while not _is_pooling(node, modules):
-        parents = node.all_input_nodes
+        parents = [parent for parent in node.all_input_nodes if parent.op != "get_attr"]
         if len(parents) != 1 or parents[0].op == "placeholder":
             raise ValueError("no average pooling before the head: name the feature maps by maps=")
         node = parents[0]

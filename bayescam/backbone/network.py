@@ -238,13 +238,11 @@ class Backbone(nn.Module):
             name, classes = str(metadata["name"]), tuple(str(c) for c in metadata["classes"])
             num_classes, size = int(metadata["num_classes"]), int(metadata["image_size"])
         except (KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{path}: incomplete metadata ({error}); write the backbone again") from error
+            raise FileFormatError(f"{path}: incomplete metadata ({error})") from error
         if len(classes) != num_classes:
             raise FileFormatError(f"{path}: {len(classes)} class names for {num_classes} classes")
         if name == "module":
-            raise FileFormatError(
-                f"{path}: a network of your own; build it in code and load its state with safetensors"
-            )
+            raise FileFormatError(f"{path}: a network of your own; only your code can build it, then load its state")
         try:
             backbone = cls(name, num_classes, image_size=size)
         except ValueError as error:
@@ -268,9 +266,7 @@ def _build(name: str, num_classes: int, weights: str | None) -> tuple[nn.Module,
         kind, size = _OWN[name]
         net = kind(num_classes)
         if weights is not None and not local:
-            raise ValueError(
-                f"weights={weights!r}: {name!r} has no published weights; give a .safetensors file or None"
-            )
+            raise ValueError(f"weights={weights!r}: {name!r} has no published weights; give a .safetensors file")
     else:
         net, size = _torchvision(name, None if local else weights), 224
         _new_head(net, num_classes)
@@ -330,4 +326,3 @@ def _load_local(net: nn.Module, path: Path) -> None:
     if broken:
         raise FileFormatError(f"{path}: tensor {broken[0]!r} holds NaN or infinite numbers")
     _load_state(net, tensors, path)
-
