@@ -1,0 +1,283 @@
+"""The settings of a run: frozen dataclasses, TOML in and out; default (by preset) < file < flag."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from bayescam.errors import UsageError
+
+Preset = Literal["quick", "standard", "thorough"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which radiographs, and how they are split.
+
+    Args:
+        spec: "phantom", "mednist", "mura", a folder of class folders, or a manifest.csv.
+        root: where mednist or mura lies.
+        phantom_images: how many radiographs the phantom draws.
+        limit: at most so many images, drawn by seed with whole patients; absent: all.
+        on_bad: "raise" stops at unreadable images, "skip" leaves them out before the split and counts them.
+        num_workers: processes that decode images; 0 decodes in this one.
+        image_size: side of the square in pixels; absent: the network's own.
+        valid, test: shares of the patients (an official split of the data wins).
+    """
+
+    spec: str = "phantom"
+    root: str | None = None
+    phantom_images: int = 3000
+    limit: int | None = None
+    on_bad: Literal["raise", "skip"] = "raise"
+    num_workers: int = 0
+    image_size: int | None = None
+    valid: float = 0.15
+    test: float = 0.2
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The network: a name that ``bayescam.Backbone`` knows, and weights to start from."""
+
+    name: str = "small"
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the network is trained; see ``bayescam.backbone.training.TrainingSettings``."""
+
+    epochs: int = 12
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-3
+    augment: bool = True
+
+
+@dataclass(frozen=True)
+class PosteriorConfig:
+    """The Bayesian last layer.
+
+    Args:
+        prior_precision: tau, or "evidence" to maximise the Laplace evidence on the training split.
+        num_samples: draws of a Laplace posterior where draws are needed.
+    """
+
+    prior_precision: float | str = "evidence"
+    num_samples: int = 500
+
+
+@dataclass(frozen=True)
+class NutsConfig:
+    """The referee; sizes per chain."""
+
+    num_chains: int = 4
+    num_samples: int = 250
+    num_warmup: int = 150
+    kernel: Literal["nuts", "hmc"] = "nuts"
+
+
+@dataclass(frozen=True)
+class ExplainConfig:
+    """Class activation maps: how many test images get one in ``cams.nc``."""
+
+    num_images: int = 24
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run's numbers; ``config.toml`` is this, written out."""
+
+    preset: Preset = "standard"
+    seed: int = 0
+    device: str = "auto"
+    data: DataConfig = field(default_factory=DataConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    posterior: PosteriorConfig = field(default_factory=PosteriorConfig)
+    nuts: NutsConfig = field(default_factory=NutsConfig)
+    explain: ExplainConfig = field(default_factory=ExplainConfig)
+
+
+_PRESETS: dict[str, Config] = {
+    "quick": Config(
+        preset="quick",
+        data=DataConfig(phantom_images=1000),
+        train=TrainConfig(epochs=6),
+        nuts=NutsConfig(num_chains=4, num_samples=100, num_warmup=60),
+        explain=ExplainConfig(num_images=12),
+    ),
+    "standard": Config(preset="standard"),
+    "thorough": Config(
+        preset="thorough",
+        data=DataConfig(phantom_images=8000),
+        train=TrainConfig(epochs=30),
+        posterior=PosteriorConfig(num_samples=2000),
+        nuts=NutsConfig(num_chains=4, num_samples=1000, num_warmup=300),
+        explain=ExplainConfig(num_images=48),
+    ),
+}
+
+
+def read_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
+    """The configuration of a run: the preset's defaults, then the file, then the flags.
+
+    Args:
+        path: a TOML file, or None. Relative paths in it are taken from its own folder.
+        overrides: dotted names to values, from flags; None values are flags not given.
+
+    Raises:
+        UsageError: absent or broken file, unknown key, wrong type, value out of range; the message names it.
+    """
+    table = _load(path) if path is not None else {}
+    given = {key: value for key, value in overrides.items() if value is not None}
+    preset = given.get("preset", table.get("preset", "standard"))
+    if preset not in _PRESETS:
+        raise UsageError(f"preset {preset!r} is unknown; take one of {', '.join(_PRESETS)}")
+    config = _merge(_PRESETS[preset], table, where=str(path), prefix="")
+    for name, value in given.items():
+        config = _merge(config, _nest(name, value), where="flags", prefix="")
+    config = replace(config, preset=preset)
+    _check_ranges(config)
+    return config
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML; ``read_config`` of it gives the same configuration."""
+    import tomli_w
+
+    return tomli_w.dumps(_without_none(asdict(config)))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"--config {path}: no such file") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"--config {path}: not a readable TOML file ({error})") from error
+    data = table.get("data")
+    if isinstance(data, dict):
+        for key in ("spec", "root"):
+            if isinstance(data.get(key), str):
+                data[key] = _from_folder(data[key], path.parent, is_spec=key == "spec")
+    weights = table.get("backbone", {}).get("weights") if isinstance(table.get("backbone"), dict) else None
+    if isinstance(weights, str) and weights.endswith(".safetensors"):
+        table["backbone"]["weights"] = _from_folder(weights, path.parent, is_spec=False)
+    return table
+
+
+def _from_folder(value: str, folder: Path, *, is_spec: bool) -> str:
+    if is_spec and value in ("phantom", "mednist", "mura"):
+        return value
+    return str((folder / value).resolve())
+
+
+def _merge(config: Any, table: Mapping[str, Any], *, where: str, prefix: str) -> Any:
+    hints = typing.get_type_hints(type(config))
+    known = [f.name for f in fields(config)]
+    changes: dict[str, Any] = {}
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {prefix}{close[0]!s}?" if close else f"; known here: {', '.join(known)}"
+            raise UsageError(f"{where}: unknown setting {name}{hint}")
+        current = getattr(config, key)
+        if is_dataclass(current):
+            if not isinstance(value, Mapping):
+                raise UsageError(f"{where}: {name} must be a table, got {value!r}")
+            changes[key] = _merge(current, value, where=where, prefix=f"{name}.")
+        else:
+            changes[key] = _typed(value, hints[key], where=where, name=name)
+    return replace(config, **changes)
+
+
+def _typed(value: Any, hint: Any, *, where: str, name: str) -> Any:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            if value in typing.get_args(option) and isinstance(value, str):
+                return value
+        elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        elif isinstance(option, type) and isinstance(value, option) and isinstance(value, bool) == (option is bool):
+            return value
+    raise UsageError(f"{where}: {name} must be {_in_words(options)}, got {value!r}")
+
+
+def _in_words(options: tuple[Any, ...]) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    words = []
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            words.append("one of " + ", ".join(map(str, typing.get_args(option))))
+        elif option in names:
+            words.append(names[option])
+    return " or ".join(words)
+
+
+def _nest(name: str, value: Any) -> dict[str, Any]:
+    head, _, rest = name.partition(".")
+    return {head: _nest(rest, value) if rest else value}
+
+
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, dict) else value
+        for key, value in table.items()
+        if value is not None
+    }
+
+
+_AT_LEAST: dict[str, float] = {
+    "seed": 0,
+    "data.phantom_images": 1,
+    "data.limit": 1,
+    "data.num_workers": 0,
+    "data.image_size": 32,
+    "train.epochs": 1,
+    "train.batch_size": 2,
+    "train.weight_decay": 0,
+    "posterior.num_samples": 2,
+    "nuts.num_chains": 2,
+    "nuts.num_samples": 4,
+    "nuts.num_warmup": 10,
+    "explain.num_images": 1,
+}
+
+
+def _check_ranges(config: Config) -> None:
+    table = asdict(config)
+
+    def value_of(name: str) -> Any:
+        head, _, rest = name.partition(".")
+        return table[head][rest] if rest else table[head]
+
+    def require(name: str, holds: Callable[[Any], bool], words: str) -> None:
+        value = value_of(name)
+        if value is not None and not holds(value):
+            raise UsageError(f"{name} must be {words}, got {value!r}")
+
+    for name, low in _AT_LEAST.items():
+        require(name, lambda value, low=low: value >= low, f"at least {low:g}")
+    require("seed", lambda value: value < 2**31, "below 2147483648")
+    require("train.learning_rate", lambda value: 0 < value < math.inf, "positive and finite")
+    for name in ("data.valid", "data.test"):
+        require(name, lambda value: 0 < value < 1, "between 0 and 1")
+    if config.data.valid + config.data.test >= 1:
+        raise UsageError("data.valid + data.test must leave images to train on (sum below 1)")
+    require(
+        "posterior.prior_precision",
+        lambda value: value == "evidence" or (isinstance(value, float) and 0 < value < math.inf),
+        'a positive number or "evidence"',
+    )
+    require("device", lambda value: value in ("auto", "cpu", "mps") or value.startswith("cuda"), "auto, cpu or cuda")
