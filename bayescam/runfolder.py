@@ -1,0 +1,196 @@
+"""The run folder: one lock, stages that are whole or absent, and ``run.json`` as the mark of completion."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bayescam.config import Config, read_config, to_toml
+from bayescam.errors import BayescamError, UsageError
+from bayescam.storage import sha256_of, write_text
+
+_LOCK = ".lock"
+_STAGES = ".stages.json"
+
+
+class AlreadyComplete(Exception):
+    """``--resume`` met a run that is complete: nothing is left to do."""
+
+
+class RunFolder:
+    """A folder that one process writes, stage by stage.
+
+    A stage is done when every file it listed is there with the checksum it had; so a run that was killed anywhere goes
+    on from its last whole stage, and a file that was changed by hand is noticed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stages: dict[str, dict[str, Any]] = {}
+        if (path / _STAGES).is_file():
+            self._stages = _read_json(path / _STAGES)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds of each finished stage."""
+        return {name: stage["seconds"] for name, stage in self._stages.items()}
+
+    def done(self, stage: str) -> bool:
+        """Whether the stage's files are all there, unchanged."""
+        files = self._stages.get(stage, {}).get("files")
+        if files is None:
+            return False
+        for name, digest in files.items():
+            if not (self / name).is_file():
+                return False
+            if sha256_of(self / name) != digest:
+                raise BayescamError(f"{self / name}: changed since the run wrote it; restore it or start another run")
+        return True
+
+    @contextmanager
+    def stage(self, name: str, files: Sequence[str]) -> Iterator[None]:
+        """Do the stage's work inside; on leaving without an error its files are recorded."""
+        begun = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begun
+        self._stages[name] = {
+            "seconds": round(seconds, 3),
+            "files": {file: sha256_of(self / file) for file in files},
+        }
+        write_text(self / _STAGES, json.dumps(self._stages, indent=1))
+
+    def complete(self, facts: dict[str, Any]) -> None:
+        """Write ``run.json`` last: the checksum of every file, and that the run is complete."""
+        files = {
+            path.relative_to(self.path).as_posix(): {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+            for path in sorted(self.path.rglob("*"))
+            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(self.path).parts)
+        }
+        write_text(self / "run.json", json.dumps({"status": "complete", **facts, "files": files}, indent=1))
+
+
+@contextmanager
+def opened(
+    path: Path, config_file: Path | None, overrides: dict[str, Any], *, resume: bool, overwrite: bool
+) -> Iterator[tuple[RunFolder, Config]]:
+    """The folder of a run, locked by this process, with the run's configuration in ``config.toml``.
+
+    Raises:
+        UsageError: the folder is a file, holds something already, or (on resume) another configuration.
+        BayescamError: another process runs in it, or it cannot be written.
+        AlreadyComplete: on resume, when ``run.json`` says complete.
+    """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"--out {path}: is a file; name a folder")
+    held = sorted(p.name for p in path.iterdir() if p.name != _LOCK) if path.is_dir() else []
+    ours = (path / "config.toml").is_file()
+    if held and not resume and not overwrite:
+        raise UsageError(f"--out {path}: the folder is not empty; name another, or say --resume or --overwrite")
+    if held and not ours:
+        raise UsageError(f"--out {path}: the folder holds files that are not a run ({held[0]}); name another")
+    config = _config(path, config_file, overrides, resume=resume and ours)
+    with _locked(path):
+        if resume and (path / "run.json").is_file():
+            raise AlreadyComplete
+        if overwrite and not resume:
+            _clear(path)
+        if not ours or not resume:
+            write_text(path / "config.toml", to_toml(config))
+        yield RunFolder(path), config
+
+
+def _config(path: Path, config_file: Path | None, overrides: dict[str, Any], *, resume: bool) -> Config:
+    if not resume:
+        return read_config(config_file, overrides)
+    stored = read_config(path / "config.toml", {})
+    asked = read_config(config_file or path / "config.toml", overrides)
+    for name, was, now in _differences(asdict(stored), asdict(asked)):
+        raise UsageError(
+            f"--resume {path}: {name} was {was!r} and is now {now!r}; resume with what it was, or start anew"
+        )
+    return stored
+
+
+def _differences(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key, value in was.items():
+        if isinstance(value, dict):
+            yield from _differences(value, now[key], f"{prefix}{key}.")
+        elif value != now[key]:
+            yield f"{prefix}{key}", value, now[key]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """An advisory lock that the operating system drops with the process, however it ends."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise BayescamError(f"--out {path}: cannot be written ({error.strerror}); name a folder that can") from error
+    try:
+        _take(descriptor, path)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int, path: Path) -> None:
+    if os.name != "posix":
+        import msvcrt
+
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError as error:
+            raise BayescamError(f"--out {path}: another run is working in this folder; wait for it") from error
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise BayescamError(f"--out {path}: another run is working in this folder; wait for it") from error
+
+
+def _clear(path: Path) -> None:
+    for entry in path.iterdir():
+        if entry.name == _LOCK:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BayescamError(f"{path}: not readable ({error}); start the run anew with --overwrite") from error
+
+
+def verified(path: Path, *names: str) -> Path:
+    """A complete run folder whose named files still have the checksums of ``run.json``.
+
+    Raises:
+        BayescamError: no such folder, an unfinished run, or a file that was changed or lost.
+    """
+    if not (path / "run.json").is_file():
+        what = "is not finished: resume it first" if (path / "config.toml").is_file() else "is not a run folder"
+        raise BayescamError(f"--run {path}: {what}")
+    files = _read_json(path / "run.json").get("files", {})
+    for name in names:
+        if not (path / name).is_file() or name not in files:
+            raise BayescamError(f"{path / name}: missing; run again")
+        if sha256_of(path / name) != files[name]["sha256"]:
+            raise BayescamError(f"{path / name}: changed since the run wrote it; restore it or run again")
+    return path
