@@ -1,0 +1,212 @@
+"""The command line: thin. Heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bayescam import __version__
+from bayescam.errors import BayescamError, UsageError
+
+DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    if parsed.command is None:
+        parser.print_help()
+        return WRONG_USAGE
+    try:
+        return parsed.handler(parsed)
+    except KeyboardInterrupt:
+        return _say_and(INTERRUPTED, parsed, "interrupted; what was finished is kept (see --resume)")
+    except UsageError as error:
+        return _say_and(WRONG_USAGE, parsed, str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (BayescamError, OSError) as error:
+        return _say_and(FAILED, parsed, str(error))
+    except ValueError as error:
+        return _say_and(FAILED, parsed, f"{error} (--debug shows where)")
+
+
+def _say_and(status: int, parsed: argparse.Namespace, message: str) -> int:
+    if parsed.debug:
+        traceback.print_exc()
+    line = " ".join(message.split())
+    print(f"bayescam: {line}".encode("utf-8", "backslashreplace").decode("utf-8"), file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bayescam",
+        description="Which body part an X-ray shows, how sure the network is, and how sure it is of where it looked.",
+        epilog="Begin with: bayescam run",
+    )
+    parser.add_argument("--version", action="version", version=f"bayescam {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    _add_run(commands)
+    _add_predict(commands)
+    _add_explain(commands)
+    from bayescam.data.commands import add_parser as add_data
+    from bayescam.features_run import add_parser as add_posterior
+
+    add_posterior(commands)
+    _add_diagnose(commands)
+    add_data(commands)
+    _add_report(commands)
+    _add_doctor(commands)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="train, freeze, fit the posterior, check it by NUTS, explain, report",
+        description="The whole way from a folder of radiographs to a report with a verdict.",
+    )
+    parser.add_argument(
+        "--data", help="phantom (the default), mednist, mura, a folder of class folders, a manifest.csv"
+    )
+    parser.add_argument("--root", help="where mednist or mura lies")
+    parser.add_argument("--out", type=Path, help="the run folder (default: runs/<data>-<date>-<time>)")
+    parser.add_argument("--preset", choices=("quick", "standard", "thorough"), help="how much work (default: standard)")
+    parser.add_argument("--seed", type=int, help="of everything random (default: 0)")
+    parser.add_argument("--device", help="auto (the default), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--backbone", help="small (the default), study, or a torchvision name such as resnet18")
+    parser.add_argument("--weights", help="torchvision weights name, or a .safetensors file to start from")
+    parser.add_argument("--limit", type=int, help="at most so many images, whole patients at a time")
+    parser.add_argument(
+        "--on-bad", choices=("raise", "skip"), help="what to do with unreadable images (default: raise)"
+    )
+    parser.add_argument("--num-workers", type=int, help="processes that decode images (default: 0)")
+    parser.add_argument("--config", type=Path, help="a TOML file of settings, such as a run's config.toml")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    parser.set_defaults(handler=_run)
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    from bayescam.pipeline import default_out, run
+
+    overrides = {
+        "data.spec": parsed.data,
+        "data.root": parsed.root,
+        "preset": parsed.preset,
+        "seed": parsed.seed,
+        "device": parsed.device,
+        "backbone.name": parsed.backbone,
+        "backbone.weights": parsed.weights,
+        "data.limit": parsed.limit,
+        "data.on_bad": parsed.on_bad,
+        "data.num_workers": parsed.num_workers,
+    }
+    if parsed.resume and parsed.overwrite:
+        raise UsageError("--resume and --overwrite exclude each other: say one")
+    if parsed.resume and parsed.out is None:
+        raise UsageError("--resume needs --out: name the folder of the interrupted run")
+    out = parsed.out or default_out(parsed.data or "phantom")
+    print(run(out, parsed.config, overrides, resume=parsed.resume, overwrite=parsed.overwrite))
+    return DONE
+
+
+def _add_predict(commands: Any) -> None:
+    parser = commands.add_parser("predict", help="class probabilities of new images, with credible intervals")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="radiographs: PNG, JPEG, TIFF, BMP or DICOM")
+    parser.add_argument("--run", type=Path, required=True, help="a complete run folder")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--device", default="auto", help="auto (the default), cpu, cuda, ...")
+    parser.set_defaults(handler=_predict)
+
+
+def _predict(parsed: argparse.Namespace) -> int:
+    import json
+
+    from bayescam.apply import load_run, predict_images, prediction_table
+
+    predictions = predict_images(load_run(parsed.run, device=parsed.device), parsed.images)
+    if parsed.json:
+        print(json.dumps([p.to_dict() for p in predictions], indent=1))
+    else:
+        print(prediction_table(predictions))
+    return DONE
+
+
+def _add_explain(commands: Any) -> None:
+    parser = commands.add_parser("explain", help="where the network looked in new images, and how sure that is")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="radiographs: PNG, JPEG, TIFF, BMP or DICOM")
+    parser.add_argument("--run", type=Path, required=True, help="a complete run folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--label", help="the class to explain (default: each image's most probable one)")
+    parser.add_argument("--device", default="auto", help="auto (the default), cpu, cuda, ...")
+    parser.add_argument("--overwrite", action="store_true", help="replace pictures of an earlier call")
+    parser.set_defaults(handler=_explain)
+
+
+def _explain(parsed: argparse.Namespace) -> int:
+    from bayescam.apply import explain_images, load_run
+
+    loaded = load_run(parsed.run, device=parsed.device)
+    for line in explain_images(loaded, parsed.images, parsed.out, label=parsed.label, overwrite=parsed.overwrite):
+        print(line)
+    return DONE
+
+
+def _add_diagnose(commands: Any) -> None:
+    parser = commands.add_parser(
+        "diagnose", help="convergence of a run's NUTS and quality of its Laplace, pass or fail"
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(handler=_diagnose)
+
+
+def _diagnose(parsed: argparse.Namespace) -> int:
+    import json
+
+    from bayescam.diagnose.convergence import diagnose_run
+
+    diagnosis = diagnose_run(parsed.run)
+    print(json.dumps(diagnosis.to_dict(), indent=1) if parsed.json else diagnosis.text())
+    return DONE
+
+
+def _add_report(commands: Any) -> None:
+    parser = commands.add_parser("report", help="write report.html and MODEL_CARD.md of a run again")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    parser.set_defaults(handler=_report)
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from bayescam.pipeline import report_again
+
+    for path in report_again(parsed.run):
+        print(f"wrote {path}")
+    return DONE
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser("doctor", help="versions, device, and whether the pieces fit together")
+    parser.set_defaults(handler=_doctor)
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from bayescam.doctor import examine
+
+    checks = examine()
+    for check in checks:
+        print(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.words}")
+    return DONE if all(check.passed for check in checks) else FAILED
