@@ -134,7 +134,7 @@ def inert(cell: object) -> object:
 
 
 def printable(name: str, limit: int = 200) -> str:
-    """A name as one harmless line: control characters and undecodable bytes as escapes, long names cut in the middle."""
+    """A name as one harmless line: control characters and undecodable bytes escaped, long names cut in the middle."""
     text = name.encode("utf-8", errors="backslashreplace").decode("utf-8")
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 :]}"

@@ -1,0 +1,595 @@
+"""The stages of a run, in order. Each stage writes files; the next reads them, so a resumed run is the straight run."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bayescam import __version__
+from bayescam.backbone.network import Backbone, Features
+from bayescam.backbone.training import TrainingSettings, train_backbone
+from bayescam.config import Config
+from bayescam.data.dataset import RadiographDataset, open_dataset
+from bayescam.data.pixels import Pixels
+from bayescam.data.split import assert_disjoint, split_by_patient
+from bayescam.doctor import environment, resolve_device
+from bayescam.errors import BayescamError, UsageError
+from bayescam.posterior.laplace import Laplace, fit_laplace, load_laplace
+from bayescam.posterior.nuts import Nuts
+from bayescam.posterior.predictive import predict_proba
+from bayescam.posterior.temperature import fit_temperature
+from bayescam.runfolder import AlreadyComplete, RunFolder, opened, verified
+from bayescam.storage import load_tensors, printable, save_tensors, write_csv, write_text
+
+GAUSSIANS = {
+    "laplace_diag": "posterior/laplace_diag.safetensors",
+    "laplace_kron": "posterior/laplace_kron.safetensors",
+    "laplace_full": "posterior/laplace.safetensors",
+    "laplace_refined": "posterior/refined.safetensors",
+}
+METHODS = ("cnn", "map", "map_temperature", *GAUSSIANS, "nuts")
+
+
+def default_out(spec: str) -> Path:
+    """``runs/<data>-<date>-<time>``."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(spec).stem)[:40].strip("-.") or "data"
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def run(
+    out: Path,
+    config_file: Path | None = None,
+    overrides: dict[str, Any] | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> str:
+    """All stages from radiographs to report in the folder ``out``; returns what to tell the user.
+
+    Raises:
+        UsageError: a setting or the folder is not usable; nothing was begun.
+        BayescamError: a stage cannot be done; what was finished stays and ``resume`` goes on from it.
+    """
+    try:
+        with opened(out, config_file, overrides or {}, resume=resume, overwrite=overwrite) as (folder, config):
+            state = _Run(folder, config)
+            for stage in (_data, _train, _features, _laplace, _nuts, _predict, _compare, _cams, _arviz, _pictures):
+                stage(state)
+            folder.complete({"bayescam": __version__, "seed": config.seed, "preset": config.preset})
+            return _farewell(out)
+    except AlreadyComplete:
+        return f"{out}: this run is complete; nothing to do"
+
+
+@dataclass
+class _Run:
+    """What the stages share: the folder, the settings, and the inputs that are not files of the run."""
+
+    folder: RunFolder
+    config: Config
+
+    @cached_property
+    def device(self) -> str:
+        return resolve_device(self.config.device)
+
+    @cached_property
+    def dataset(self) -> RadiographDataset:
+        return _open(self.config)
+
+    @cached_property
+    def split(self) -> np.ndarray:
+        with (self.folder / "split.csv").open(encoding="utf-8", newline="") as stream:
+            return np.array([row["split"] for row in csv.DictReader(stream)])
+
+    def rows(self, split: str) -> np.ndarray:
+        return np.flatnonzero(self.split == split)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        return Backbone.load(self.folder / "backbone.safetensors")[0].to(self.device)
+
+    @cached_property
+    def image_size(self) -> int:
+        return self.new_backbone().image_size
+
+    def new_backbone(self) -> Backbone:
+        settings = self.config.backbone
+        torch.manual_seed(self.config.seed)
+        try:
+            return Backbone(
+                settings.name,
+                len(self.dataset.classes),
+                settings.weights,
+                image_size=self.config.data.image_size,
+            )
+        except ValueError as error:
+            raise UsageError(f"--backbone {settings.name}: {error}") from error
+
+    @cached_property
+    def pixels(self) -> Pixels:
+        return self.dataset.pixels(self.image_size, num_workers=self.config.data.num_workers)
+
+    @cached_property
+    def features(self) -> Features:
+        tensors, metadata = load_tensors(self.folder / "features.safetensors", kind="features")
+        return Features(tensors["features"], tensors["labels"], tuple(metadata["ids"]))
+
+    def part(self, split: str) -> Features:
+        return self.features.select(self.rows(split))
+
+    @cached_property
+    def gaussians(self) -> dict[str, Laplace]:
+        return {name: load_laplace(self.folder / file) for name, file in GAUSSIANS.items()}
+
+    @cached_property
+    def nuts(self) -> Nuts:
+        return Nuts.load(self.folder / "posterior/nuts.safetensors")
+
+
+def _open(config: Config) -> RadiographDataset:
+    settings = config.data
+    dataset = open_dataset(settings.spec, root=settings.root, num=settings.phantom_images, seed=config.seed)
+    return dataset if settings.limit is None else _limited(dataset, settings.limit, config.seed)
+
+
+def _limited(dataset: RadiographDataset, limit: int, seed: int) -> RadiographDataset:
+    """About ``limit`` images: whole patients, in an order that a hash of (seed, patient) decides."""
+    groups: dict[str, list[int]] = {}
+    for i, record in enumerate(dataset.records):
+        groups.setdefault(record.patient or record.obs_id, []).append(i)
+    order = sorted(groups, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode(errors="surrogateescape")).digest())
+    kept: list[int] = []
+    for name in order:
+        if len(kept) + len(groups[name]) <= limit:
+            kept += groups[name]
+    if not kept:
+        raise UsageError(f"--limit {limit}: smaller than every patient's number of images; raise it")
+    return dataset.select(sorted(kept))
+
+
+def _data(state: _Run) -> None:
+    """Read, check and split; ``split.csv``, ``data.json``, ``environment.json``."""
+    config, folder = state.config, state.folder
+    if folder.done("data"):
+        _drop_unreadable_again(state)
+        stored = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+        for field, value in _fingerprint(state.dataset).items():
+            if stored[field] != value:
+                raise UsageError(
+                    f"--resume {folder.path}: data.{field} was {stored[field]!r} and is now {value!r}; "
+                    "resume with the data it began with"
+                )
+        return
+    with folder.stage("data", ["split.csv", "data.json", "environment.json"]):
+        bad = state.dataset.unreadable(num_workers=config.data.num_workers)
+        skipped = [printable(str(error)) for error in bad]
+        if bad and config.data.on_bad == "raise":
+            raise BayescamError(f"{len(bad)} unreadable images: {'; '.join(skipped)}; mend them or say --on-bad skip")
+        _drop_unreadable(state, {error.path for error in bad})
+        dataset = state.dataset
+        split = split_by_patient(dataset, seed=config.seed, valid=config.data.valid, test=config.data.test)
+        assert_disjoint(dataset, split)
+        write_csv(folder / "split.csv", ("obs_id", "path", "label", "patient", "split"), _split_rows(dataset, split))
+        facts = {
+            "name": dataset.name,
+            "licence": dataset.licence,
+            "shareable": dataset.shareable,
+            "ignored": dict(dataset.ignored),
+            "skipped": skipped,
+            "counts": {
+                part: {
+                    name: int(((split == part) & (dataset.labels == k)).sum()) for k, name in enumerate(dataset.classes)
+                }
+                for part in ("train", "valid", "test")
+            },
+            **_fingerprint(dataset),
+        }
+        write_text(folder / "data.json", json.dumps(facts, indent=1))
+        write_text(folder / "environment.json", json.dumps(environment(state.device), indent=1))
+
+
+def _drop_unreadable(state: _Run, paths: set[Any]) -> None:
+    if paths:
+        keep = [i for i, record in enumerate(state.dataset.records) if record.path not in paths]
+        state.dataset = state.dataset.select(keep)
+
+
+def _drop_unreadable_again(state: _Run) -> None:
+    stored = json.loads((state.folder / "data.json").read_text(encoding="utf-8"))
+    if stored["skipped"]:
+        bad = state.dataset.unreadable(num_workers=state.config.data.num_workers)
+        _drop_unreadable(state, {error.path for error in bad})
+
+
+def _fingerprint(dataset: RadiographDataset) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for record in dataset.records:
+        digest.update(f"{record.obs_id}\0{record.label}\0{record.patient}\n".encode(errors="surrogateescape"))
+    return {
+        "classes": [printable(name) for name in dataset.classes],
+        "num_images": len(dataset),
+        "records": digest.hexdigest(),
+    }
+
+
+def hashed_patient(dataset: RadiographDataset, patient: str | None) -> str:
+    """A patient's pseudonym: stable within a data set, not the id itself."""
+    if patient is None:
+        return ""
+    return hashlib.sha256(f"bayescam:{dataset.name}:{patient}".encode(errors="surrogateescape")).hexdigest()[:12]
+
+
+def _split_rows(dataset: RadiographDataset, split: np.ndarray) -> list[tuple[str, ...]]:
+    rows = []
+    for record, part in zip(dataset.records, split, strict=True):
+        path = "" if record.path is None else _relative(record.path, dataset.root)
+        rows.append(
+            (
+                printable(record.obs_id),
+                printable(path),
+                printable(dataset.classes[record.label]),
+                hashed_patient(dataset, record.patient),
+                str(part),
+            )
+        )
+    return rows
+
+
+def _relative(path: Path, root: Path | None) -> str:
+    if root is not None and path.is_relative_to(root):
+        return path.relative_to(root).as_posix()
+    return path.name
+
+
+def _train(state: _Run) -> None:
+    """Train the network and freeze it; ``backbone.safetensors``, ``history.csv``."""
+    folder, config = state.folder, state.config
+    if folder.done("train"):
+        return
+    with folder.stage("train", ["backbone.safetensors", "history.csv"]):
+        backbone = state.new_backbone().to(state.device)
+        checkpoint = folder / ".training.safetensors"
+        history = train_backbone(
+            backbone,
+            state.pixels,
+            state.dataset.labels,
+            train=state.rows("train"),
+            valid=state.rows("valid"),
+            settings=TrainingSettings(**asdict(config.train)),
+            seed=config.seed,
+            checkpoint=checkpoint,
+        )
+        backbone.save(folder / "backbone.safetensors", classes=state.dataset.classes)
+        rows = [tuple(asdict(epoch).values()) for epoch in history]
+        write_csv(folder / "history.csv", tuple(asdict(history[0])), rows)
+    checkpoint.unlink(missing_ok=True)
+
+
+def _features(state: _Run) -> None:
+    """Features of every image, in the data's order; ``features.safetensors``."""
+    folder = state.folder
+    if folder.done("features"):
+        return
+    with folder.stage("features", ["features.safetensors"]):
+        features = state.backbone.extract(state.dataset, pixels=state.pixels)
+        save_tensors(
+            folder / "features.safetensors",
+            {"features": features.features, "labels": features.labels},
+            {"kind": "features", "ids": [printable(name) for name in features.ids]},
+        )
+
+
+def _laplace(state: _Run) -> None:
+    """Laplace in three structures at one tau, and the refined Gaussian; ``posterior/*.safetensors``."""
+    folder, settings = state.folder, state.config.posterior
+    if folder.done("laplace"):
+        return
+    train = state.part("train")
+    k = len(state.dataset.classes)
+    phi, labels = train.features.to(state.device), train.labels.to(state.device)
+    with folder.stage("laplace", [*GAUSSIANS.values(), "posterior/fit_seconds.json"]):
+        seconds: dict[str, float] = {}
+
+        def timed(name: str, fit: Callable[[], Laplace]) -> Laplace:
+            begun = time.perf_counter()
+            fitted = fit()
+            seconds[name] = round(time.perf_counter() - begun, 3)
+            fitted.save(folder / GAUSSIANS[name])
+            return fitted
+
+        with tqdm(total=4, desc="laplace", unit="fit", disable=None) as bar:
+            full = timed(
+                "laplace_full",
+                lambda: fit_laplace(phi, labels, num_classes=k, prior_precision=settings.prior_precision),
+            )
+            bar.update()
+            for structure in ("kron", "diag"):
+                timed(
+                    f"laplace_{structure}",
+                    lambda structure=structure: fit_laplace(
+                        phi, labels, num_classes=k, prior_precision=full.prior_precision, structure=structure
+                    ),
+                )
+                bar.update()
+            timed("laplace_refined", lambda: full.refine(phi, labels))
+            bar.update()
+        write_text(folder / "posterior/fit_seconds.json", json.dumps(seconds, indent=1))
+
+
+def _nuts(state: _Run) -> None:
+    """NUTS on the same density, chain by chain; ``posterior/nuts.safetensors``."""
+    from bayescam.posterior.nuts import sample_nuts
+
+    folder, settings = state.folder, state.config.nuts
+    if folder.done("nuts"):
+        return
+    train = state.part("train")
+    with folder.stage("nuts", ["posterior/nuts.safetensors"]):
+        nuts = sample_nuts(
+            state.gaussians["laplace_refined"],
+            train.features,
+            train.labels,
+            num_chains=settings.num_chains,
+            num_samples=settings.num_samples,
+            num_warmup=settings.num_warmup,
+            kernel=settings.kernel,
+            seed=state.config.seed,
+            checkpoint=folder / "posterior/.chains",
+        )
+        nuts.save(folder / "posterior/nuts.safetensors")
+
+
+def _probabilities(state: _Run, part: Features) -> dict[str, Tensor]:
+    """Class probabilities (N, K) of every method; the temperature is fitted on the valid split alone."""
+    head = state.backbone.head.cpu()
+    full, valid = state.gaussians["laplace_full"], state.part("valid")
+    phi = part.features
+    with torch.no_grad():
+        trained = torch.softmax(head(phi).double(), dim=1)
+    state.backbone.to(state.device)
+    temperature = fit_temperature(full.map_logits(valid.features), valid.labels)
+    logits = full.map_logits(phi)
+    probabilities = {
+        "cnn": trained,
+        "map": torch.softmax(logits, dim=1),
+        "map_temperature": torch.softmax(logits / temperature, dim=1),
+    }
+    probabilities |= {name: gaussian.predict_proba(phi) for name, gaussian in state.gaussians.items()}
+    probabilities["nuts"] = predict_proba(state.nuts.draws, phi)
+    return {name: probabilities[name].double() for name in METHODS}
+
+
+def _predict(state: _Run) -> None:
+    """Predictions and metrics of every method on the test split; ``predictions.nc``, ``metrics.json``, ``table.md``."""
+    from bayescam.diagnose.calibration import classification_metrics
+    from bayescam.diagnose.inference_data import save_dataset
+
+    folder, part = state.folder, state.part("test")
+    if folder.done("predict"):
+        return
+    with folder.stage("predict", ["predictions.nc", "metrics.json", "table.md"]):
+        probabilities = _probabilities(state, part)
+        save_dataset(_predictions(state, part, probabilities), folder / "predictions.nc")
+        methods = {name: classification_metrics(probs, part.labels) for name, probs in probabilities.items()}
+        metrics = {
+            "methods": methods,
+            "num_test": len(part.labels),
+            "num_train": len(state.rows("train")),
+            "num_valid": len(state.rows("valid")),
+            "classes": [printable(name) for name in state.dataset.classes],
+            "prior_precision": state.gaussians["laplace_full"].prior_precision,
+            "log_evidence": state.gaussians["laplace_full"].log_evidence,
+        }
+        write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
+        write_text(folder / "table.md", _table(methods, len(part.labels)))
+
+
+def _table(methods: dict[str, dict[str, Any]], num_test: int) -> str:
+    lines = [
+        f"Test split, {num_test} images. ECE: 15 bins of equal width. NLL in nats, lower is better.",
+        "",
+        "| method | accuracy | NLL | ECE | Brier |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in methods.items():
+        lines.append(f"| {name} | {row['accuracy']:.3f} | {row['nll']:.4f} | {row['ece']:.4f} | {row['brier']:.4f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _predictions(state: _Run, part: Features, probabilities: dict[str, Tensor]) -> Any:
+    import xarray as xr
+
+    from bayescam.diagnose.calibration import entropy, mutual_information
+
+    stacked = torch.stack([probabilities[name] for name in METHODS])
+    information = torch.zeros(stacked.shape[:2], dtype=torch.float64)
+    samples, seed = state.config.posterior.num_samples, state.config.seed
+    for row, name in enumerate(METHODS):
+        if name in state.gaussians:
+            draws = state.gaussians[name].sample(samples, seed=seed)
+        elif name == "nuts":
+            draws = state.nuts.draws
+        else:
+            continue
+        information[row] = torch.as_tensor(mutual_information(draws, part.features))
+    return xr.Dataset(
+        {
+            "probs": (("method", "obs_id", "label"), stacked.numpy()),
+            "y": (("obs_id",), part.labels.numpy()),
+            "entropy": (("method", "obs_id"), np.asarray(entropy(stacked))),
+            "mutual_information": (("method", "obs_id"), information.numpy()),
+        },
+        coords={
+            "method": list(METHODS),
+            "obs_id": [printable(name) for name in part.ids],
+            "label": [printable(name) for name in state.dataset.classes],
+            "patient": (
+                ("obs_id",),
+                [hashed_patient(state.dataset, state.dataset.patients[i]) for i in state.rows("test")],
+            ),
+        },
+        attrs={"entropy_unit": "nat", "split": "test"},
+    )
+
+
+def _compare(state: _Run) -> None:
+    """Is Laplace close enough to NUTS? ``comparison.json``."""
+    from bayescam.diagnose.compare import compare_posteriors
+
+    folder, part = state.folder, state.part("test")
+    if folder.done("compare"):
+        return
+    with folder.stage("compare", ["comparison.json"]):
+        comparison = compare_posteriors(
+            state.gaussians["laplace_full"],
+            state.nuts,
+            part.features,
+            part.labels,
+            refined=state.gaussians["laplace_refined"],
+        )
+        write_text(folder / "comparison.json", json.dumps(comparison.to_dict(), indent=1))
+
+
+def chosen_posterior(folder: Path) -> tuple[str, str]:
+    """The Gaussian that the verdict lets speak for new images: (method, file in the run folder)."""
+    verdict = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["verdict"]
+    name = "laplace_full" if verdict == "laplace" else "laplace_refined"
+    return name, GAUSSIANS[name]
+
+
+def _gallery(predictions: Any, method: str, count: int) -> np.ndarray:
+    """Test images worth a look: the surest right, the surest wrong and the most uncertain, a third each."""
+    probs = predictions["probs"].sel(method=method).values
+    right = probs.argmax(1) == predictions["y"].values
+    entropy = predictions["entropy"].sel(method=method).values
+    third = -(-count // 3)
+    sure = np.argsort(entropy, kind="stable")
+    groups = (sure[right[sure]][:third], sure[~right[sure]][:third], sure[::-1])
+    chosen: list[int] = []
+    for group in groups:
+        room = min(count, len(chosen) + third) if group is not groups[-1] else count
+        chosen += [int(i) for i in group if int(i) not in chosen][: room - len(chosen)]
+    return np.array(chosen)
+
+
+def _cams(state: _Run) -> None:
+    """Class activation maps with their posterior for a gallery of test images; ``cams.nc``."""
+    import xarray as xr
+
+    from bayescam.diagnose.inference_data import save_dataset
+    from bayescam.explain.cam import CamPosterior
+    from bayescam.explain.gradcam import explanation_maps
+
+    folder = state.folder
+    if folder.done("cams"):
+        return
+    with folder.stage("cams", ["cams.nc"]):
+        method, file = chosen_posterior(folder.path)
+        with xr.open_dataset(folder / "predictions.nc", engine="h5netcdf") as stored:
+            predictions = stored.load()
+        gallery = _gallery(predictions, method, state.config.explain.num_images)
+        rows = state.rows("test")[gallery]
+        images = state.pixels.batch(rows)
+        maps = explanation_maps(state.backbone, images.to(state.device)).cpu()
+        posterior = CamPosterior(maps.double(), load_laplace(folder / file))
+        chosen = predictions.isel(obs_id=gallery)
+        dataset = xr.Dataset(
+            {
+                "mean": (("obs_id", "label", "row", "col"), posterior.mean.numpy()),
+                "sd": (("obs_id", "label", "row", "col"), posterior.sd.numpy()),
+                "image": (("obs_id", "y_pixel", "x_pixel"), (images[:, 0] * 255).round().to(torch.uint8).numpy()),
+                "y": (("obs_id",), chosen["y"].values),
+                "probs": (("obs_id", "label"), chosen["probs"].sel(method=method).values),
+                "mutual_information": (("obs_id",), chosen["mutual_information"].sel(method=method).values),
+                "geometry": (
+                    ("obs_id", "geometry_field"),
+                    np.array([[float(v) for v in asdict(state.pixels.geometry[i]).values()] for i in rows]),
+                ),
+            },
+            coords={
+                "obs_id": chosen["obs_id"].values,
+                "label": chosen["label"].values,
+                "geometry_field": list(asdict(state.pixels.geometry[int(rows[0])])),
+            },
+            attrs={
+                "posterior": method,
+                "centred": 1,
+                "unit": "logit",
+                "h": maps.shape[2],
+                "w": maps.shape[3],
+                "num_features": maps.shape[1],
+                "method": "CAM" if state.backbone.is_average else "Grad-CAM before ReLU",
+                "shareable": int(state.dataset.shareable),
+            },
+        )
+        save_dataset(dataset, folder / "cams.nc")
+
+
+def _arviz(state: _Run) -> None:
+    """The posteriors as ArviZ files; ``posterior/laplace.nc``, ``posterior/refined.nc``, ``posterior/nuts.nc``."""
+    from bayescam.diagnose.inference_data import save, to_inference_data
+
+    folder, part = state.folder, state.part("test")
+    if folder.done("arviz"):
+        return
+    files = ["posterior/laplace.nc", "posterior/refined.nc", "posterior/nuts.nc"]
+    sources = (state.gaussians["laplace_full"], state.gaussians["laplace_refined"], state.nuts)
+    with folder.stage("arviz", files):
+        for file, source in zip(files, tqdm(sources, desc="arviz", unit="file", disable=None), strict=True):
+            data = to_inference_data(
+                source,
+                part.features,
+                part.labels,
+                classes=[printable(name) for name in state.dataset.classes],
+                obs_ids=[printable(name) for name in part.ids],
+                num_samples=state.config.posterior.num_samples,
+                seed=state.config.seed,
+            )
+            save(data, folder / file)
+
+
+def _pictures(state: _Run) -> None:
+    """Figures, report and model card from the files of the run; ``timings.json``."""
+    from bayescam.report.figures import write_figures
+    from bayescam.report.html import write_report
+    from bayescam.report.model_card import write_model_card
+
+    folder = state.folder
+    if folder.done("report"):
+        return
+    write_text(folder / "timings.json", json.dumps({"unit": "s", "stages": folder.timings}, indent=1))
+    with folder.stage("report", ["report.html", "MODEL_CARD.md"]):
+        write_figures(folder.path)
+        write_model_card(folder.path)
+        write_report(folder.path)
+
+
+def report_again(path: Path) -> list[Path]:
+    """Write the report and the model card of a complete run anew; ``run.json`` follows."""
+    from bayescam.report.html import write_report
+    from bayescam.report.model_card import write_model_card
+
+    verified(path, "metrics.json", "comparison.json", "predictions.nc", "cams.nc")
+    facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    written = [write_report(path), write_model_card(path)]
+    RunFolder(path).complete({key: facts[key] for key in ("bayescam", "seed", "preset")})
+    return written
+
+
+def _farewell(out: Path) -> str:
+    comparison = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
+    table = (out / "table.md").read_text(encoding="utf-8")
+    return f"{table}\nVerdict: {comparison['verdict']}. {comparison['words']}\nwrote {out} (open {out / 'report.html'})"
