@@ -13,6 +13,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from bayescam.posterior.images import TrainingImages
+
 
 def last_layer(
     features: Tensor,
@@ -55,3 +57,39 @@ def log_prior(theta: Tensor, prior_precision: float) -> Tensor:
     """log Normal(theta; 0, tau^-1 I), constants included; theta (..., P) -> (...)."""
     p = theta.shape[-1]
     return 0.5 * p * math.log(prior_precision / (2 * math.pi)) - 0.5 * prior_precision * theta.square().sum(-1)
+
+
+def negative_log_joint(theta: Tensor, images: TrainingImages, prior_precision: float) -> tuple[Tensor, Tensor]:
+    """-log p(theta) - log p(y | theta), constants included, and its gradient; the same number as ``last_layer``'s trace.
+
+    Products over features are taken in the images' type, chunk by chunk; sums are accumulated in float64.
+
+    Args:
+        theta: [weight, bias], (..., K, D+1), float64; leading dimensions are a batch of parameters.
+        images: the training images, whose class weights (if any) generalise the likelihood.
+        prior_precision: tau.
+
+    Returns:
+        value (...,) and gradient (..., K, D+1), float64.
+    """
+    batch, (k, width) = theta.shape[:-2], theta.shape[-2:]
+    flat = theta.reshape(-1, k, width)
+    weight, bias = flat[..., :-1].to(images.dtype), flat[..., -1].to(images.dtype)
+    value = flat.new_zeros(len(flat), dtype=torch.float64)
+    gradient = torch.zeros_like(flat, dtype=torch.float64)
+    for span, phi in images.chunks():
+        logits = torch.addmm(bias.reshape(-1), phi, weight.flatten(0, 1).T).unflatten(1, (-1, k))
+        log_proba = logits.log_softmax(-1)
+        label = images.labels[span, None, None].expand(-1, len(flat), 1)
+        hit = log_proba.gather(-1, label).squeeze(-1)
+        residual = log_proba.exp_().scatter_add_(-1, label, -torch.ones_like(hit).unsqueeze(-1))
+        if images.image_weights is not None:
+            hit = hit * images.image_weights[span, None].to(hit)
+            residual *= images.image_weights[span, None, None].to(hit)
+        value -= hit.sum(0, dtype=torch.float64)
+        gradient[..., :-1] += (residual.flatten(1).T @ phi).unflatten(0, (-1, k))
+        gradient[..., -1] += residual.sum(0, dtype=torch.float64)
+    sums = images.total(torch.cat([value[:, None], gradient.flatten(1)], dim=1))
+    value = sums[:, 0] - log_prior(flat.flatten(1), prior_precision)
+    gradient = sums[:, 1:].unflatten(1, (k, width)) + prior_precision * flat
+    return value.reshape(batch), gradient.reshape(theta.shape)

@@ -1,0 +1,183 @@
+"""The training images of one fit: checked features and labels, read in chunks, summed over ranks.
+
+Every sum over images in this folder goes through ``TrainingImages.chunks`` and ``TrainingImages.total``, so that memory maps,
+GPUs and process groups are the business of this module alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_CHUNK_ELEMENTS = 1 << 21
+_ValueT = TypeVar("_ValueT", bound=Tensor)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingImages:
+    """This rank's share of the training set.
+
+    Args:
+        features: phi (N, D), a floating-point tensor, array or memory map; never copied whole.
+        labels: (N,) int64 on the compute device.
+        num_classes: K.
+        image_weights: (N,) float64, the class weight of each image's label, or None for the plain likelihood.
+        group: a torch.distributed process group over which all sums run, or None.
+    """
+
+    features: Tensor | np.ndarray
+    labels: Tensor
+    num_classes: int
+    image_weights: Tensor | None = None
+    group: ProcessGroup | None = None
+
+    @property
+    def num_features(self) -> int:
+        return self.features.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.labels.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type the products over features are taken in: float64 for float64 features, else float32."""
+        wide = self.features.dtype in (torch.float64, np.dtype(np.float64))
+        return torch.float64 if wide else torch.float32
+
+    def chunks(self, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Row ranges and their features, (n, D) of ``dtype`` on ``device``."""
+        step = rows or max(256, _CHUNK_ELEMENTS // (self.num_features + 1))
+        for start in range(0, len(self.labels), step):
+            span = slice(start, min(start + step, len(self.labels)))
+            yield span, as_features(self.features[span]).to(self.device, self.dtype)
+
+    def total(self, value: _ValueT) -> _ValueT:
+        """Sum a tensor over the ranks of the group, in place; the value itself without a group."""
+        if self.group is not None:
+            torch.distributed.all_reduce(value, group=self.group)
+        return value
+
+    def weight(self) -> float:
+        """sum_n w_n over all ranks: N for the plain likelihood."""
+        if self.image_weights is None:
+            return float(self.count())
+        return float(self.total(self.image_weights.sum()))
+
+    def count(self) -> int:
+        """N over all ranks."""
+        return int(self.total(torch.tensor(len(self.labels), device=self.device)))
+
+
+def as_features(features: Tensor | np.ndarray) -> Tensor:
+    """A tensor over the same numbers; numpy's read-only or negatively strided arrays are copied."""
+    if isinstance(features, Tensor):
+        return features.detach()
+    writable = features if features.flags.writeable and min(features.strides, default=1) >= 0 else features.copy()
+    return torch.from_numpy(writable)
+
+
+def augment(features: Tensor) -> Tensor:
+    """phi~ = (phi, 1): (..., D) -> (..., D+1)."""
+    return torch.cat([features, features.new_ones(*features.shape[:-1], 1)], dim=-1)
+
+
+def check_images(
+    features: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray,
+    *,
+    num_classes: int | None = None,
+    class_weights: Tensor | np.ndarray | None = None,
+    group: ProcessGroup | None = None,
+) -> TrainingImages:
+    """Check what a fit is given, and name what is wrong.
+
+    Raises:
+        TypeError: features or labels of a type that cannot be meant.
+        ValueError: shapes, labels, class weights or feature values that cannot be used.
+    """
+    _check_features(features)
+    device = features.device if isinstance(features, Tensor) else torch.device("cpu")
+    labels = _check_labels(labels, len(features), group).to(device)
+    num_classes = _check_num_classes(labels, num_classes, group)
+    weights = _check_class_weights(class_weights, num_classes, labels)
+    images = TrainingImages(features, labels, num_classes, weights, group)
+    for span, chunk in images.chunks():
+        if not bool(torch.isfinite(chunk).all()):
+            row, column = (~torch.isfinite(chunk)).nonzero()[0].tolist()
+            raise ValueError(
+                f"features[{span.start + row}, {column}] is {float(chunk[row, column])}; "
+                "drop that image or mend the network that made it"
+            )
+    return images
+
+
+def _check_features(features: Tensor | np.ndarray) -> None:
+    if not isinstance(features, Tensor | np.ndarray):
+        raise TypeError(f"features must be a torch tensor or a numpy array, got {type(features).__name__}")
+    if len(features.shape) != 2 or features.shape[1] == 0:
+        raise ValueError(f"features must be (N, D) with D >= 1, got shape {tuple(features.shape)}")
+    floating = (
+        features.is_floating_point() if isinstance(features, Tensor) else np.issubdtype(features.dtype, np.floating)
+    )
+    if not floating:
+        raise TypeError(f"features must be floating-point numbers, got {features.dtype}; convert them to float32")
+
+
+def _check_labels(labels: Tensor | np.ndarray, num_images: int, group: ProcessGroup | None) -> Tensor:
+    found = torch.as_tensor(np.array(labels) if not isinstance(labels, Tensor) else labels)
+    if found.shape != (num_images,):
+        raise ValueError(f"labels must be ({num_images},) like the rows of features, got {tuple(found.shape)}")
+    if num_images == 0 and group is None:
+        raise ValueError("features holds no image (N = 0); a fit needs at least one")
+    if found.is_complex() or found.dtype == torch.bool:
+        raise TypeError(f"labels must be whole numbers 0..K-1, got {found.dtype}")
+    if found.is_floating_point():
+        broken = (found != found.round()) | ~torch.isfinite(found)
+        if bool(broken.any()):
+            at = int(broken.nonzero()[0])
+            raise ValueError(f"labels[{at}] is {float(found[at])}, not a whole number; labels count from 0 to K-1")
+    return found.long()
+
+
+def _check_num_classes(labels: Tensor, num_classes: int | None, group: ProcessGroup | None) -> int:
+    largest = labels.max() if len(labels) else labels.new_tensor(-1)
+    if group is not None:
+        largest = largest.clone()
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
+    if num_classes is None:
+        num_classes = int(largest) + 1
+    if num_classes < 2:
+        raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2 classes")
+    outside = (labels < 0) | (labels >= num_classes)
+    if bool(outside.any()):
+        at = int(outside.nonzero()[0])
+        raise ValueError(f"labels[{at}] is {int(labels[at])}, outside 0..{num_classes - 1}; check num_classes")
+    return num_classes
+
+
+def _check_class_weights(class_weights: Tensor | np.ndarray | None, num_classes: int, labels: Tensor) -> Tensor | None:
+    if class_weights is None:
+        return None
+    weights = torch.as_tensor(class_weights, dtype=torch.float64, device=labels.device)
+    if weights.shape != (num_classes,):
+        raise ValueError(f"class_weights must be ({num_classes},), one a class, got {tuple(weights.shape)}")
+    if not bool((weights.isfinite() & (weights > 0)).all()):
+        raise ValueError(f"class_weights must be positive and finite, got {weights.tolist()}")
+    return weights[labels]
+
+
+def check_prior_precision(prior_precision: float) -> float:
+    """tau as a float, or ValueError."""
+    tau = float(prior_precision)
+    if not (0.0 < tau < float("inf")):
+        raise ValueError(f"prior_precision is {prior_precision}; it must be positive and finite, or 'evidence'")
+    return tau

@@ -1,0 +1,261 @@
+"""``Laplace``, the Gaussian posterior of a last layer, and ``fit_laplace``, which makes one from features and labels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayescam import storage
+from bayescam.posterior import predictive
+from bayescam.posterior.covariance import Covariance, DiagCovariance, FullCovariance, KronCovariance
+from bayescam.posterior.curvature import (
+    class_curvature,
+    diag_covariance,
+    feature_gram,
+    full_covariance,
+    kron_covariance,
+    pair_products,
+    probabilities_at,
+)
+from bayescam.posterior.draws import Draws
+from bayescam.posterior.images import TrainingImages, augment, check_images, check_prior_precision
+from bayescam.posterior.map import MapEstimate, find_map
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+STRUCTURES = ("full", "kron", "diag")
+
+
+@dataclass(frozen=True, eq=False)
+class Laplace:
+    """A Gaussian posterior over weight and bias: Laplace's around the MAP, or the refined one. All tensors are float64.
+
+    Args:
+        weight_mean: (K, D).    bias_mean: (K,).
+        covariance: of [weight, bias], in one of three structures.
+        prior_precision: tau.
+        log_evidence: log p(y | tau) by Laplace, constants included.
+        num_train: N.
+        gradient_norm: |gradient of -log joint| at the MAP.
+        newton_decrement: the distance of the mean from the MAP in posterior sds; nan once refined.
+        refined: whether this is the KL-optimal Gaussian.
+        elbo: its evidence lower bound, None unless refined.
+        notes: what a reader should know: an absent class, a prior that dominates, a bound that was hit.
+        class_weights: (K,) of the generalised likelihood, or None.
+    """
+
+    weight_mean: Tensor
+    bias_mean: Tensor
+    covariance: Covariance
+    prior_precision: float
+    log_evidence: float
+    num_train: int
+    gradient_norm: float
+    newton_decrement: float
+    refined: bool = False
+    elbo: float | None = None
+    notes: tuple[str, ...] = ()
+    class_weights: Tensor | None = None
+
+    @property
+    def structure(self) -> str:
+        return self.covariance.structure
+
+    @property
+    def num_classes(self) -> int:
+        return self.weight_mean.shape[0]
+
+    @property
+    def num_features(self) -> int:
+        return self.weight_mean.shape[1]
+
+    @property
+    def theta_mean(self) -> Tensor:
+        """[weight, bias], (K, D+1)."""
+        return torch.cat([self.weight_mean, self.bias_mean[:, None]], dim=1)
+
+    @property
+    def weight_sd(self) -> Tensor:
+        """Marginal posterior sds of the weights, (K, D)."""
+        return self.covariance.diagonal()[:, :-1].sqrt()
+
+    @property
+    def bias_sd(self) -> Tensor:
+        """Marginal posterior sds of the biases, (K,)."""
+        return self.covariance.diagonal()[:, -1].sqrt()
+
+    def sample(self, num_samples: int, *, seed: int) -> Draws:
+        """Draws of weight (1, S, K, D) and bias (1, S, K).
+
+        Args:
+            num_samples: S >= 1.
+            seed: of the generator, so that the same seed gives the same draws on the same device.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}; ask for at least 1 draw")
+        generator = torch.Generator(self.weight_mean.device).manual_seed(seed)
+        theta = self.theta_mean + self.covariance.sample(num_samples, generator)
+        return Draws(theta[None, ..., :-1], theta[None, ..., -1])
+
+    def logit_moments(self, features: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
+        """Mean (N, K) and covariance (N, K, K) of the centred logits f - mean_k f at features (N, D)."""
+        rows = augment(self._features(features))
+        mean = rows @ self.theta_mean.T
+        covariance = self.covariance.logit_covariance(rows)
+        covariance = covariance - covariance.mean(-1, keepdim=True)
+        covariance = covariance - covariance.mean(-2, keepdim=True)
+        return mean - mean.mean(-1, keepdim=True), covariance
+
+    def predict_proba(
+        self, features: Tensor | np.ndarray, *, method: str = predictive.DEFAULT_METHOD, **options: Any
+    ) -> Tensor:
+        """Posterior predictive class probabilities: features (N, D) -> (N, K).
+
+        Args:
+            features: phi, (N, D).
+            method: one of ``predictive.METHODS``: see there.
+            options: of the method.
+        """
+        return predictive.gaussian_predict_proba(self, self._features(features), method=method, **options)
+
+    def _features(self, features: Tensor | np.ndarray) -> Tensor:
+        rows = torch.as_tensor(features).to(self.weight_mean)
+        if rows.dim() != 2 or rows.shape[1] != self.num_features:
+            raise ValueError(f"features must be (N, {self.num_features}), got {tuple(rows.shape)}")
+        return rows
+
+    def to(self, device: torch.device | str) -> Laplace:
+        """The same posterior on another device."""
+        return replace(
+            self,
+            weight_mean=self.weight_mean.to(device),
+            bias_mean=self.bias_mean.to(device),
+            covariance=self.covariance.to(device),
+            class_weights=None if self.class_weights is None else self.class_weights.to(device),
+        )
+
+    def save(self, path: Path | str) -> None:
+        """Write the posterior as one safetensors file; no training data is in it."""
+        tensors = {"weight_mean": self.weight_mean, "bias_mean": self.bias_mean}
+        tensors |= {name: value for name, value in vars(self.covariance).items() if name in _STORED[self.structure]}
+        if self.class_weights is not None:
+            tensors["class_weights"] = self.class_weights
+        metadata = {name: getattr(self, name) for name in _SCALARS} | {
+            "kind": "laplace",
+            "structure": self.structure,
+            "notes": list(self.notes),
+        }
+        storage.save_tensors(Path(path), tensors, metadata)
+
+
+_SCALARS = ("prior_precision", "log_evidence", "num_train", "gradient_norm", "newton_decrement", "refined", "elbo")
+_STORED: dict[str, tuple[str, ...]] = {
+    "full": ("precision_cholesky",),
+    "kron": ("class_vectors", "class_values", "feature_vectors", "feature_values"),
+    "diag": ("precision",),
+}
+
+
+def load_laplace(path: Path | str) -> Laplace:
+    """Read what ``Laplace.save`` wrote.
+
+    Raises:
+        FileFormatError: absent, broken, foreign or of another kind.
+    """
+    tensors, metadata = storage.load_tensors(Path(path), kind="laplace")
+    tau, structure = float(metadata["prior_precision"]), metadata["structure"]
+    stored = {name: tensors[name] for name in _STORED[structure]}
+    covariance: Covariance
+    if structure == "full":
+        covariance = FullCovariance(**stored, prior_precision=tau, num_classes=len(tensors["bias_mean"]))
+    elif structure == "kron":
+        covariance = KronCovariance(**stored, prior_precision=tau)
+    else:
+        covariance = DiagCovariance(**stored, prior_precision=tau)
+    return Laplace(
+        tensors["weight_mean"],
+        tensors["bias_mean"],
+        covariance,
+        notes=tuple(metadata["notes"]),
+        class_weights=tensors.get("class_weights"),
+        **{name: metadata[name] for name in _SCALARS},
+    )
+
+
+def fit_laplace(
+    features: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray,
+    *,
+    num_classes: int | None = None,
+    prior_precision: float | str = "evidence",
+    structure: str = "full",
+    class_weights: Tensor | np.ndarray | None = None,
+    group: ProcessGroup | None = None,
+) -> Laplace:
+    """The Laplace posterior of a last layer on frozen features: MAP, Hessian there, Gaussian.
+
+    Args:
+        features: phi (N, D), a tensor, array or memory map; float32 or float64 (float16 is computed in float32).
+        labels: (N,) whole numbers in 0..K-1.
+        num_classes: K; one more than the largest label without it.
+        prior_precision: tau, or "evidence" to choose it by the marginal likelihood.
+        structure: "full", "kron" or "diag".
+        class_weights: (K,) positive; the likelihood of image n is then raised to class_weights[y_n], alike in MAP,
+            Hessian and evidence.
+        group: a torch.distributed process group; features and labels are then this rank's shard.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+        NotPositiveDefiniteError, ConvergenceError: the numbers cannot be handled in this precision.
+    """
+    if structure not in STRUCTURES:
+        raise ValueError(f"structure is {structure!r}; choose one of {', '.join(STRUCTURES)}")
+    images = check_images(features, labels, num_classes=num_classes, class_weights=class_weights, group=group)
+    weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float64).to(images.device)
+    gram = feature_gram(images)
+    tau = check_prior_precision(prior_precision)  # type: ignore[arg-type]
+    return laplace_at(images, find_map(images, tau, gram), gram, tau, structure, weights)
+
+
+def laplace_at(
+    images: TrainingImages,
+    mode: MapEstimate,
+    gram: Tensor,
+    prior_precision: float,
+    structure: str,
+    class_weights: Tensor | None,
+) -> Laplace:
+    """The Gaussian around a mode, with Laplace's evidence -U + P/2 log 2 pi - log det(H)/2."""
+    covariance = curvature_at(images, mode.theta, gram, prior_precision, structure)
+    log_evidence = -mode.value + mode.theta.numel() / 2 * math.log(2 * math.pi) - covariance.log_det_precision() / 2
+    return Laplace(
+        mode.theta[:, :-1].contiguous(),
+        mode.theta[:, -1].contiguous(),
+        covariance,
+        prior_precision,
+        log_evidence,
+        images.count(),
+        float(mode.gradient.norm()),
+        mode.decrement,
+        class_weights=class_weights,
+    )
+
+
+def curvature_at(
+    images: TrainingImages, theta: Tensor, gram: Tensor, prior_precision: float, structure: str
+) -> Covariance:
+    """The inverse Hessian at theta (K, D+1) in one of the structures."""
+    probabilities = probabilities_at(theta, images)
+    if structure == "full":
+        return full_covariance(images, lambda span, phi: pair_products(probabilities(span, phi)), prior_precision)
+    if structure == "kron":
+        curvature = class_curvature(images, probabilities)
+        return kron_covariance(gram, curvature, prior_precision, images.weight())
+    return diag_covariance(images, probabilities, prior_precision)
