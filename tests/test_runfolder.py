@@ -1,0 +1,153 @@
+"""The run folder keeps its promises: one owner, whole stages, nothing overwritten unasked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from bayescam.errors import BayescamError, UsageError
+from bayescam.runfolder import AlreadyComplete, opened, verified
+from bayescam.storage import atomic_path, inert, printable, sha256_of, write_csv, write_text
+
+
+def _open(path, overrides=None, *, resume=False, overwrite=False):
+    return opened(path, None, overrides or {}, resume=resume, overwrite=overwrite)
+
+
+def _stage(folder, name, text="x"):
+    with folder.stage(name, [f"{name}.txt"]):
+        write_text(folder / f"{name}.txt", text)
+
+
+def test_an_empty_folder_is_fine_and_a_full_one_is_not(tmp_path):
+    (tmp_path / "out").mkdir()
+    with _open(tmp_path / "out") as (folder, _):
+        _stage(folder, "a")
+    with pytest.raises(UsageError, match=r"not empty.*--resume or --overwrite"), _open(tmp_path / "out"):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"), _open(tmp_path / "file"):
+        pass
+
+
+def test_overwrite_never_clears_a_folder_that_is_not_a_run(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="not a run"), _open(tmp_path, overwrite=True):
+        pass
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_resume_keeps_whole_stages_and_overwrite_drops_them(tmp_path):
+    with _open(tmp_path / "r") as (folder, _):
+        _stage(folder, "a")
+    with _open(tmp_path / "r", resume=True) as (folder, _):
+        assert folder.done("a")
+        assert not folder.done("b")
+        (folder / "a.txt").unlink()
+        assert not folder.done("a")
+    with _open(tmp_path / "r", overwrite=True) as (folder, _):
+        assert not folder.done("a")
+
+
+def test_a_file_changed_by_hand_is_noticed(tmp_path):
+    with _open(tmp_path / "r") as (folder, _):
+        _stage(folder, "a")
+        write_text(folder / "a.txt", "other")
+        with pytest.raises(BayescamError, match="changed since the run wrote it"):
+            folder.done("a")
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [({"seed": 5}, "seed"), ({"data.spec": "mednist"}, "data.spec"), ({"preset": "quick"}, "preset")],
+)
+def test_resume_with_another_setting_names_it(tmp_path, change, name):
+    with _open(tmp_path / "r", {"seed": 4}) as (folder, config):
+        assert config.seed == 4
+        _stage(folder, "a")
+    with pytest.raises(UsageError, match=name.replace(".", r"\.")), _open(tmp_path / "r", change, resume=True):
+        pass
+    with _open(tmp_path / "r", resume=True) as (_, config):
+        assert config.seed == 4
+
+
+def test_resume_on_a_missing_folder_starts_and_on_a_complete_one_says_so(tmp_path):
+    with _open(tmp_path / "r", resume=True) as (folder, _):
+        _stage(folder, "a")
+        folder.complete({"seed": 0})
+    with pytest.raises(AlreadyComplete), _open(tmp_path / "r", resume=True):
+        pass
+    stored = json.loads((tmp_path / "r/run.json").read_text())
+    assert stored["status"] == "complete"
+    assert stored["files"]["a.txt"]["sha256"] == sha256_of(tmp_path / "r/a.txt")
+    assert verified(tmp_path / "r", "a.txt") == tmp_path / "r"
+    write_text(tmp_path / "r/a.txt", "other")
+    with pytest.raises(BayescamError, match="changed since"):
+        verified(tmp_path / "r", "a.txt")
+
+
+def test_an_unfinished_or_foreign_folder_is_not_a_run(tmp_path):
+    with pytest.raises(BayescamError, match="is not a run folder"):
+        verified(tmp_path)
+    with _open(tmp_path / "r"):
+        pass
+    with pytest.raises(BayescamError, match="is not finished"):
+        verified(tmp_path / "r")
+
+
+def test_the_second_process_is_refused_and_the_lock_dies_with_the_first(tmp_path):
+    script = textwrap.dedent(
+        """
+        import sys, time, pathlib
+        from bayescam.runfolder import opened
+        with opened(pathlib.Path(sys.argv[1]), None, {}, resume=False, overwrite=False):
+            print("in", flush=True)
+            time.sleep(60)
+        """
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "r")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline().strip() == "in"
+        with pytest.raises(BayescamError, match="another run is working"), _open(tmp_path / "r", resume=True):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    with _open(tmp_path / "r", resume=True):
+        pass
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_one_clear_error(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(BayescamError, match="cannot be written"), _open(tmp_path / "r"):
+        pass
+
+
+def test_an_atomic_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
+    file = tmp_path / "f.txt"
+    write_text(file, "old")
+
+    def torn_write():
+        with atomic_path(file) as temporary:
+            temporary.write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        torn_write()
+    assert file.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f.txt"]
+
+
+def test_tables_are_inert_and_names_are_one_line(tmp_path):
+    write_csv(tmp_path / "t.csv", ("a",), [("=cmd()",), ("-x",), ("plain",), (-1.5,)])
+    assert (tmp_path / "t.csv").read_text() == "a\n'=cmd()\n'-x\nplain\n-1.5\n"
+    assert inert("@x") == "'@x"
+    assert printable("a\nb\x1b[31m\udcff") == "a\\nb\\x1b[31m\\udcff"
+    assert len(printable("x" * 255, 50)) == 51
