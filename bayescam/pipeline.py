@@ -570,7 +570,7 @@ def _pictures(state: _Run) -> None:
     folder = state.folder
     if folder.done("report"):
         return
-    write_text(folder / "timings.json", json.dumps({"unit": "s", "stages": folder.timings}, indent=1))
+    write_text(folder / "timings.json", json.dumps({"stages": folder.timings}, indent=1))
     with folder.stage("report", ["report.html", "MODEL_CARD.md"]):
         write_figures(folder.path)
         write_model_card(folder.path)

@@ -41,9 +41,12 @@ class RunFolder:
         return self.path / name
 
     @property
-    def timings(self) -> dict[str, float]:
-        """Seconds of each finished stage."""
-        return {name: stage["seconds"] for name, stage in self._stages.items()}
+    def timings(self) -> dict[str, dict[str, float]]:
+        """Seconds of each finished stage, and the highest memory of the process up to its end in MiB."""
+        return {
+            name: {"seconds": stage["seconds"], "peak_memory_mib": stage["peak_memory_mib"]}
+            for name, stage in self._stages.items()
+        }
 
     def done(self, stage: str) -> bool:
         """Whether the stage's files are all there, unchanged."""
@@ -65,6 +68,7 @@ class RunFolder:
         seconds = time.perf_counter() - begun
         self._stages[name] = {
             "seconds": round(seconds, 3),
+            "peak_memory_mib": _peak_memory_mib(),
             "files": {file: sha256_of(self / file) for file in files},
         }
         write_text(self / _STAGES, json.dumps(self._stages, indent=1))
@@ -159,6 +163,16 @@ def _take(descriptor: int, path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise BayescamError(f"--out {path}: another run is working in this folder; wait for it") from error
+
+
+def _peak_memory_mib() -> float:
+    if os.name != "posix":
+        return float("nan")
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def _clear(path: Path) -> None:
