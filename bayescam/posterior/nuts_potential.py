@@ -8,17 +8,23 @@ is drawn independently. Whitening by a Gaussian with mean m and precision L L^T:
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from bayescam.posterior.covariance import DiagCovariance, KronCovariance, contrast_basis
+from bayescam.posterior.images import TrainingImages
+
+if TYPE_CHECKING:
+    from bayescam.posterior.covariance import Covariance
 
 
 class Potential(Protocol):
     """What a kernel needs from a target over z (M,)."""
 
     dimension: int
+    device: torch.device
 
     def value_and_gradient(self, z: Tensor) -> tuple[float, Tensor]:
         """U(z) and dU/dz (M,) in z's dtype."""
@@ -26,8 +32,8 @@ class Potential(Protocol):
     def __call__(self, params: dict[str, Tensor]) -> Tensor:
         """U(params["z"]) as a 0-dim tensor that autograd can follow, as Pyro asks."""
 
-    def unpack(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(S, M) -> contrast part of theta (S, K, D+1), prior precision (S,), log joint of that part (S,)."""
+    def unpack(self, z: Tensor, potential: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z (S, M) and U there (S,) -> contrast part of theta (S, K, D+1), tau (S,), its log joint (S,)."""
 
 
 class _ClosedForm(torch.autograd.Function):
@@ -53,54 +59,53 @@ def differentiable(potential: Potential, z: Tensor) -> Tensor:
 class SoftmaxLikelihood:
     """-log p(y | theta) = -sum_n a_n log softmax(theta phi~_n)_{y_n} and its gradient, class-major.
 
-    Two matrix products with the features and one softmax along the class axis of a (K, N) array, which is many times
-    faster than along the short last axis of (N, K). Products are in the features' dtype, sums over images in float64.
+    The same number as the data term of ``model.negative_log_joint`` for one theta, laid out for a sampler: two matrix
+    products with the features, and one softmax along the class axis of a (K, n) array, which is many times faster than
+    along the short last axis of (n, K). Products are in the images' type, sums over images in float64.
 
     Args:
-        features: (N, D), float32 or float64.
-        labels: (N,) int64 in 0..K-1.
-        num_classes: K.
-        class_weights: (K,) weights of a generalised likelihood, a_n = class_weights[y_n], or None for a_n = 1.
-        group: a torch.distributed process group; features and labels are then this rank's shard.
+        images: the training images; their chunks are held in memory.
     """
 
-    def __init__(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        num_classes: int,
-        *,
-        class_weights: Tensor | None = None,
-        group: Any = None,
-    ) -> None:
-        n = features.shape[0]
-        self.features = features.contiguous()
-        self.one_hot = features.new_zeros(num_classes, n)
-        self.one_hot[labels, torch.arange(n, device=labels.device)] = 1
-        self.true_cells = labels * n + torch.arange(n, device=labels.device)
-        self.row_weights = None if class_weights is None else class_weights.to(features)[labels]
-        self.group = group
+    def __init__(self, images: TrainingImages) -> None:
+        self.images = images
+        self.shape = (images.num_classes, images.num_features + 1)
+        self._chunks = [self._prepare(span, phi) for span, phi in images.chunks()]
+
+    def _prepare(self, span: slice, phi: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        labels, weights = self.images.labels[span], self.images.image_weights
+        columns = torch.arange(len(labels), device=labels.device)
+        one_hot = phi.new_zeros(self.shape[0], len(labels))
+        one_hot[labels, columns] = 1
+        return (
+            phi,
+            one_hot,
+            labels * len(labels) + columns,
+            None if weights is None else weights[span].to(phi),
+        )
 
     def value_and_gradient(self, theta: Tensor) -> tuple[float, Tensor]:
-        """theta (K, D+1) in the features' dtype -> (float, (K, D+1))."""
-        weight, bias = theta[:, :-1], theta[:, -1:]
-        log_probs = torch.log_softmax(torch.addmm(bias, weight, self.features.T), 0)
-        picked = log_probs.take(self.true_cells)
-        residual = log_probs.exp_().sub_(self.one_hot)
-        if self.row_weights is not None:
-            picked, residual = picked * self.row_weights, residual * self.row_weights
-        gradient = torch.cat([residual @ self.features, residual.sum(1, keepdim=True)], 1)
-        value = -picked.sum(dtype=torch.float64)
-        if self.group is None:
+        """theta (K, D+1) in the images' type -> (float, (K, D+1))."""
+        value, gradient = self._chunk(theta, *self._chunks[0])
+        for chunk in self._chunks[1:]:
+            more, slope = self._chunk(theta, *chunk)
+            value, gradient = value + more, gradient.add_(slope)
+        if self.images.group is None:
             return value.item(), gradient
-        both = torch.cat([value[None], gradient.flatten().double()])
-        dist.all_reduce(both, group=self.group)
+        both = self.images.total(torch.cat([value[None], gradient.flatten().double()]))
         return both[0].item(), both[1:].view_as(gradient).to(gradient.dtype)
 
-    def values(self, theta: Tensor) -> Tensor:
-        """-log p(y | theta) for each of many theta (S, K, D+1) -> (S,), in float64, one at a time in memory."""
-        out = [self.value_and_gradient(one.to(self.features))[0] for one in theta]
-        return torch.tensor(out, dtype=torch.float64, device=theta.device)
+    @staticmethod
+    def _chunk(
+        theta: Tensor, phi: Tensor, one_hot: Tensor, true_cells: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        log_proba = torch.log_softmax(torch.addmm(theta[:, -1:], theta[:, :-1], phi.T), 0)
+        hit = log_proba.take(true_cells)
+        residual = log_proba.exp_().sub_(one_hot)
+        if weights is not None:
+            hit, residual = hit * weights, residual * weights
+        gradient = torch.cat([residual @ phi, residual.sum(1, keepdim=True)], 1)
+        return -hit.sum(dtype=torch.float64), gradient
 
 
 class WhitenedPotential:
@@ -121,9 +126,10 @@ class WhitenedPotential:
         self.likelihood = likelihood
         self.prior_precision = prior_precision
         self.dimension = basis.shape[1]
+        self.device = mean.device
         self._mean = mean.double()
-        self._mean_low = mean.to(likelihood.features).flatten()
-        self._basis = basis.to(likelihood.features).contiguous()
+        self._mean_low = mean.to(likelihood.images.dtype).flatten()
+        self._basis = basis.to(likelihood.images.dtype).contiguous()
         self._log_norm = 0.5 * self.dimension * math.log(prior_precision / (2 * math.pi))
 
     def value_and_gradient(self, z: Tensor) -> tuple[float, Tensor]:
@@ -137,31 +143,29 @@ class WhitenedPotential:
     def __call__(self, params: dict[str, Tensor]) -> Tensor:
         return differentiable(self, params["z"])
 
-    def unpack(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def unpack(self, z: Tensor, potential: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         theta = self._mean + (z.double() @ self._basis.double().T).unflatten(-1, self._mean.shape)
-        tau = z.new_full(z.shape[:1], self.prior_precision, dtype=torch.float64)
-        return theta, tau, -self.energies(z)
-
-    def energies(self, z: Tensor) -> Tensor:
-        """U at each of many z (S, M) -> (S,)."""
-        return torch.tensor([self.value_and_gradient(row)[0] for row in z], dtype=torch.float64)
+        return theta, torch.full_like(potential, self.prior_precision), -potential
 
 
 def _square_sum(theta: Tensor) -> float:
     return theta.double().square().sum().item()
 
 
-def whitening_basis(contrast: Tensor, precision_cholesky: Tensor | None, num_inputs: int) -> Tensor:
-    """A = (Q (x) I) L^-T, (K(D+1), (K-1)(D+1)); L None gives the orthonormal, unwhitened A = Q (x) I.
+def whitening_basis(covariance: Covariance) -> Tensor:
+    """A (K(D+1), M), class-major, with A A^T the covariance of the contrast part; M = (K-1)(D+1).
 
-    Args:
-        contrast: Q, (K, K-1).
-        precision_cholesky: L, lower, of the contrast-basis precision, class-contrast-major.
-        num_inputs: D+1.
+    full: (Q (x) I) L^-T;  kron: (V (x) U) (b (x) a + tau)^-1/2;  diag: (Q (x) I) with each contrast's own sd.
     """
-    size = contrast.shape[1] * num_inputs
-    identity = torch.eye(size, dtype=contrast.dtype, device=contrast.device)
-    if precision_cholesky is not None:
-        identity = torch.linalg.solve_triangular(precision_cholesky.mT.to(contrast), identity, upper=True)
-    blocks = identity.view(contrast.shape[1], num_inputs, size)
-    return torch.einsum("ki,idm->kdm", contrast, blocks).reshape(-1, size)
+    k, width = covariance.num_classes, covariance.num_features + 1
+    if isinstance(covariance, KronCovariance):
+        vectors = torch.kron(covariance.class_vectors, covariance.feature_vectors)
+        return vectors * covariance.eigenvalues.flatten().rsqrt()
+    if isinstance(covariance, DiagCovariance):
+        contrast = contrast_basis(k, like=covariance.precision)
+        sd = (contrast.T.square() @ covariance.precision.reciprocal()).sqrt().flatten()
+        return torch.kron(contrast, torch.eye(width).to(contrast)) * sd
+    factor = covariance.precision_cholesky
+    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    blocks = torch.linalg.solve_triangular(factor.mT, identity, upper=True).view(k - 1, width, -1)
+    return torch.einsum("ki,idm->kdm", covariance.basis, blocks).reshape(k * width, -1)

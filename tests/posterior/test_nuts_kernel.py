@@ -6,12 +6,10 @@ import pytest
 import torch
 from pyro.infer.mcmc import HMC, MCMC, NUTS
 
+from bayescam.posterior.covariance import contrast_basis
+from bayescam.posterior.images import check_images
 from bayescam.posterior.nuts_kernel import LastLayerHmc, LastLayerNuts, _log_add
-from bayescam.posterior.nuts_potential import SoftmaxLikelihood, WhitenedPotential, whitening_basis
-
-
-def contrast(k):
-    return torch.linalg.qr(torch.cat([torch.ones(k, 1), torch.eye(k)[:, 1:]], 1).double()).Q[:, 1:]
+from bayescam.posterior.nuts_potential import SoftmaxLikelihood, WhitenedPotential
 
 
 def small_potential(dtype=torch.float64):
@@ -19,8 +17,8 @@ def small_potential(dtype=torch.float64):
     n, d, k = 60, 3, 4
     features, labels = torch.randn(n, d, dtype=torch.float64).abs(), torch.arange(n) % k
     mean = torch.randn(k, d + 1, dtype=torch.float64)
-    basis = whitening_basis(contrast(k), None, d + 1) * 0.5
-    likelihood = SoftmaxLikelihood(features.to(dtype), labels, k)
+    basis = torch.kron(contrast_basis(k), torch.eye(d + 1, dtype=torch.float64)) * 0.5
+    likelihood = SoftmaxLikelihood(check_images(features.to(dtype), labels))
     return WhitenedPotential(likelihood, mean=mean - mean.mean(0), basis=basis, prior_precision=0.7)
 
 
