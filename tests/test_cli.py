@@ -1,0 +1,101 @@
+"""The command line: light help, one-line errors with the next step, exit statuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from bayescam.cli import main
+
+
+def test_help_of_every_command_needs_no_heavy_import():
+    script = (
+        "import sys, contextlib, io\n"
+        "from bayescam.cli import main, _parser\n"
+        "commands = [a for a in _parser()._actions if hasattr(a, 'choices') and a.choices][-1].choices\n"
+        "for name in commands:\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:\n"
+        "        main([name, '--help'])\n"
+        "    assert 'usage: bayescam ' + name in out.getvalue(), name\n"
+        "heavy = {'torch', 'pyro', 'arviz', 'matplotlib', 'xarray', 'torchvision', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "print(sorted(commands))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    for name in ("run", "predict", "explain", "posterior", "diagnose", "data", "report", "doctor"):
+        assert f"'{name}'" in done.stdout
+
+
+def _lines(capsys) -> list[str]:
+    return capsys.readouterr().err.strip().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["run", "--data", "{tmp}/absent", "--out", "{tmp}/o"], 1, "absent"),
+        (["run", "--data", "{tmp}/empty", "--out", "{tmp}/o"], 1, "empty"),
+        (["run", "--out", "{tmp}/full"], 2, "not empty"),
+        (["run", "--out", "{tmp}/file"], 2, "is a file"),
+        (["run", "--config", "{tmp}/absent.toml", "--out", "{tmp}/o"], 2, "no such file"),
+        (["run", "--config", "{tmp}/wrong.toml", "--out", "{tmp}/o"], 2, "train.epochs must be a whole number"),
+        (["run", "--seed", "-1", "--out", "{tmp}/o"], 2, "seed must be at least 0"),
+        (["run", "--backbone", "resnet19", "--limit", "100", "--out", "{tmp}/o"], 2, "resnet19"),
+        (["run", "--device", "cuda:99", "--out", "{tmp}/o"], 2, "--device cuda:99"),
+        (["run", "--resume"], 2, "--resume needs --out"),
+        (["run", "--resume", "--overwrite", "--out", "{tmp}/o"], 2, "exclude each other"),
+        (["predict", "x.png", "--run", "{tmp}/empty"], 1, "is not a run folder"),
+        (["explain", "x.png", "--run", "{tmp}/empty", "--out", "{tmp}/o"], 1, "is not a run folder"),
+        (["report", "{tmp}/empty"], 1, "is not a run folder"),
+        (["diagnose", "{tmp}/empty"], 1, "empty"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys, arguments, status, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thing.txt").write_text("mine")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "wrong.toml").write_text('[train]\nepochs = "many"\n')
+    assert main([argument.format(tmp=tmp_path) for argument in arguments]) == status
+    lines = _lines(capsys)
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("bayescam: ")
+    assert words in lines[0]
+    assert (tmp_path / "full/thing.txt").read_text() == "mine"
+
+
+def test_unknown_flags_and_no_command_are_wrong_usage(capsys):
+    assert main([]) == 2
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", "--no-such-flag"])
+    assert stopped.value.code == 2
+    capsys.readouterr()
+
+
+def test_doctor_says_what_it_finds(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "torch with torchvision: fit together" in printed
+    assert "cache folder" in printed
+
+
+def test_doctor_names_a_torchvision_of_another_build(monkeypatch):
+    from bayescam import doctor
+
+    def broken(name):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(doctor, "import_module", broken)
+    check = doctor._torch_pair()
+    assert not check.passed
+    assert "different builds" in check.words
+    assert "pip install" in check.words
+
+
+def test_debug_shows_the_traceback(tmp_path, capsys):
+    assert main(["--debug", "report", str(tmp_path)]) == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert main(["report", str(tmp_path), "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
