@@ -1,7 +1,7 @@
 """A prior on the prior: tau ~ Gamma(shape, rate) sampled with the weights, so that no answer hangs on one tau.
 
-Let the whitening Gaussian at tau_0 have mean m and precision V diag(h + tau_0) V^T on the contrasts, h >= 0 what the data
-say. If the likelihood were Gaussian, its posterior at another tau would be
+Let the whitening Gaussian at tau_0 have mean m and precision V diag(h + tau_0) V^T on the contrasts, h >= 0 what the
+data say. If the likelihood were Gaussian, its posterior at another tau would be
 
     theta(z, tau) = V [ c (h + tau_0) / (h + tau) + z / sqrt(h + tau) ],   c = V^T m,   z ~ Normal(0, I),
 

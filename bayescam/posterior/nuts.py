@@ -97,9 +97,9 @@ def sample_nuts(
 ) -> Nuts:
     """Draw from the posterior of the last layer by Pyro's NUTS on Laplace-whitened contrasts.
 
-    The target is the density of ``last_layer`` and ``fit_laplace``. With theta = Q eta + a common shift, eta = m + L^-T z
-    is walked under an identity metric, and the shift, which softmax cannot see, is drawn from its prior exactly. Each
-    chain starts 1.5 times as wide as ``laplace``, has a stream of its own from ``seed``, and runs on one thread, so the
+    The target is the density of ``last_layer`` and ``fit_laplace``. With theta = Q eta + a common shift,
+    eta = m + L^-T z is walked under an identity metric, and the shift, which softmax cannot see, is drawn from its prior
+    exactly. Each chain starts 1.5 times as wide as ``laplace``, has a stream of its own from ``seed``, and runs on one thread, so the
     draws are the same on any number of cores and with any ``num_workers``.
 
     Args:
@@ -108,8 +108,8 @@ def sample_nuts(
         labels: (N,) whole numbers 0..K-1.
         num_chains, num_samples, num_warmup: C, S and the draws of adaptation.
         kernel: "nuts", or "hmc" with trajectories of length pi/2.
-        tau_prior: None keeps laplace's tau; (shape, rate) samples tau ~ Gamma(shape, rate) with the weights, and "gamma"
-            means Gamma(1, rate 0.1).
+        tau_prior: None keeps laplace's tau; (shape, rate) samples tau ~ Gamma(shape, rate) with the weights, and
+            "gamma" means Gamma(1, rate 0.1).
         seed: of all chains.
         group: torch.distributed group; features and labels are this rank's shard and each rank gets the same draws.
         num_workers: processes that run chains side by side; 0 runs them one after another in this one.
@@ -165,7 +165,8 @@ def _interrupted(
     kept = whole or begun[:1]
     nuts = _gather(kept, settings, laplace, problem) if kept else None
     drawn = ", ".join(f"chain {c.index}: {len(c.theta)} of {settings.num_samples}" for c in begun) or "no draw yet"
-    message = f"interrupted with {len(whole)} of {num_chains} chains complete ({drawn}); kept in this error's .nuts and .chains"
+    kept_in = "kept in this error's .nuts and .chains"
+    message = f"interrupted with {len(whole)} of {num_chains} chains complete ({drawn}); {kept_in}"
     return SamplingInterrupted(message, nuts, begun)
 
 
@@ -189,7 +190,7 @@ def _check_settings(
     num_workers: int,
     group: Any,
 ) -> ChainSettings:
-    least = {"num_chains": 1, "num_samples": 1, "num_warmup": 20, "seed": 0, "max_tree_depth": 1, "num_workers": 0}
+    least = {"num_chains": 1, "num_samples": 1, "num_warmup": 1, "seed": 0, "max_tree_depth": 1, "num_workers": 0}
     given = dict(
         num_chains=num_chains,
         num_samples=num_samples,
@@ -210,5 +211,10 @@ def _check_settings(
     if group is not None and num_workers:
         raise ValueError("num_workers and group exclude each other; give num_workers=0 with a process group")
     return ChainSettings(
-        kernel, int(num_samples), int(num_warmup), int(seed), float(target_accept), int(max_tree_depth)
+        "hmc" if kernel == "hmc" else "nuts",
+        int(num_samples),
+        int(num_warmup),
+        int(seed),
+        float(target_accept),
+        int(max_tree_depth),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,7 +98,7 @@ def load_chain(path: Path, fingerprint: str) -> Chain | None:
     return Chain(theta=theta, tau=tau, stats=stats, **facts)
 
 
-def fingerprint(settings: ChainSettings, facts: dict[str, object], tensors: dict[str, Tensor]) -> str:
+def fingerprint(settings: ChainSettings, facts: Mapping[str, object], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the settings, the plain facts and the bytes of the tensors that define the target."""
     digest = hashlib.sha256(repr((sorted(asdict(settings).items()), sorted(facts.items()))).encode())
     for name in sorted(tensors):
@@ -170,7 +170,7 @@ def _start(
 def _to_theta(
     potential: Potential, positions: list[Tensor], transitions: list[Transition]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws of the whole theta: the contrast part that was walked, and a shift from the prior, which is its posterior."""
+    """Draws of the whole theta: the contrast part that was walked, and a shift from its posterior, the prior."""
     device = potential.device
     z = torch.stack(positions) if positions else torch.empty(0, potential.dimension, device=device).double()
     values = torch.tensor([t.potential for t in transitions], dtype=torch.float64, device=device)
@@ -185,7 +185,7 @@ def _to_theta(
 def _statistics(transitions: list[Transition], lp: Tensor) -> dict[str, np.ndarray]:
     columns = list(zip(*transitions, strict=True)) if transitions else [()] * len(Transition._fields)
     types = (np.float64, np.float64, np.int64, np.int64, np.float64, np.float64, np.bool_)
-    stats = {
+    stats: dict[str, np.ndarray] = {
         name: np.asarray(column, dtype=dtype)
         for name, column, dtype in zip(STATISTICS, columns, types, strict=True)
     }

@@ -1,8 +1,9 @@
 """The potential energy that NUTS walks on: the negative log joint in whitened contrast coordinates, with its gradient.
 
 Softmax cannot see a common shift of all class rows, so theta (K, D+1), biases last, splits orthogonally into
-Q eta (eta (K-1, D+1), Q the contrast basis) and a shift whose posterior *is* its prior. Only eta is walked on; the shift
-is drawn independently. Whitening by a Gaussian with mean m and precision L L^T: Q eta = m + A z, A = (Q (x) I) L^-T.
+Q eta (eta (K-1, D+1), Q the contrast basis) and a shift whose posterior *is* its prior. Only eta is walked on; the
+shift is drawn independently. Whitening by a Gaussian with mean m and precision L L^T: Q eta = m + A z, where
+A = (Q (x) I) L^-T.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def whitening_basis(covariance: Covariance) -> Tensor:
     """
     k, width = covariance.num_classes, covariance.num_features + 1
     if isinstance(covariance, KronCovariance):
-        vectors = torch.kron(covariance.class_vectors, covariance.feature_vectors)
+        vectors = torch.kron(covariance.class_vectors.contiguous(), covariance.feature_vectors.contiguous())
         return vectors * covariance.eigenvalues.flatten().rsqrt()
     if isinstance(covariance, DiagCovariance):
         contrast = contrast_basis(k, like=covariance.precision)

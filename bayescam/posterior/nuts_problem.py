@@ -44,7 +44,7 @@ class Problem:
         Raises:
             ValueError: laplace was fitted on other shapes.
         """
-        k, d = laplace.weight_mean.shape
+        d = laplace.weight_mean.shape[1]
         if d != images.num_features:
             raise ValueError(
                 f"features has {images.num_features} columns, but laplace was fitted on {d}; give the features it was "

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -39,12 +40,13 @@ class Progress:
             mininterval=0.5,
         )
 
-    def advance(self, chain: int, warming: bool, transition: Transition) -> None:
+    def advance(self, chain: int, draw: int, warming: bool, transition: Transition) -> None:
+        """Count one transition."""
         with self._lock:
             self._divergent += transition.diverging and not warming
             if self._bar.update():
                 self._bar.set_postfix_str(
-                    f"chain {chain}{' warm-up' if warming else ''}, step {transition.step_size:.2f}, "
+                    f"chain {chain}{' warm-up' if warming else ''} {draw + 1}, step {transition.step_size:.2f}, "
                     f"{transition.n_steps} leapfrogs, {self._divergent} divergent",
                     refresh=False,
                 )
@@ -109,12 +111,7 @@ def _in_turn(
     chains: list[Chain] = []
     for index in indices:
         assert potential is not None
-        chain = sample_chain(
-            potential,
-            settings,
-            index,
-            advance=lambda _, warming, transition, i=index: bar.advance(i, warming, transition),
-        )
+        chain = sample_chain(potential, settings, index, advance=partial(bar.advance, index))
         chains.append(chain)
         if not chain.finished:
             break
@@ -131,7 +128,7 @@ def _in_processes(
     mark: str,
     bar: Progress,
 ) -> list[Chain]:
-    """Each chain in a fresh interpreter that imports bayescam alone: no fork, no pickle, no need of a __main__ guard."""
+    """Each chain in a fresh interpreter that imports bayescam alone: no fork, no pickle, no __main__ guard."""
     target = folder / "problem.safetensors"
     problem.save(target, settings)
     running: dict[int, subprocess.Popen[str]] = {}
@@ -153,8 +150,8 @@ def _in_processes(
     if died and not stopping.is_set():
         done = sum(chain is not None and chain.finished for chain in chains)
         raise WorkerError(
-            f"{died[0]}; {done} of {len(indices)} chains are complete in {folder}; call again with the same folder to go "
-            "on, with fewer workers if memory ran out"
+            f"{died[0]}; {done} of {len(indices)} chains are complete in {folder}; call again with the same "
+            "folder to go on, with fewer workers if memory ran out"
         )
     return [chain for chain in chains if chain is not None]
 
@@ -185,8 +182,8 @@ def _watch(
         assert process.stdout is not None
         assert process.stderr is not None
         for line in process.stdout:
-            *numbers, warming = json.loads(line)
-            bar.advance(index, warming, Transition(*numbers))
+            draw, warming, *numbers = json.loads(line)
+            bar.advance(index, draw, warming, Transition(*numbers))
         said = process.stderr.read().strip().splitlines()
     del running[index]
     if process.returncode == 0:

@@ -17,8 +17,8 @@ def main(arguments: list[str]) -> None:
     target, folder, index = Path(arguments[0]), Path(arguments[1]), int(arguments[2])
     problem, settings, mark = load_problem(target)
 
-    def report(_: int, warming: bool, transition: Transition) -> None:
-        sys.stdout.write(json.dumps([*transition, warming]) + "\n")
+    def report(draw: int, warming: bool, transition: Transition) -> None:
+        sys.stdout.write(json.dumps([draw, warming, *transition]) + "\n")
         sys.stdout.flush()
 
     chain = sample_chain(problem.potential(), settings, index, advance=report)

@@ -1,0 +1,34 @@
+"""The only import of ArviZ: what differs between its versions is settled here."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import xarray as xr
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing", category=FutureWarning)
+    import arviz as az
+
+
+def rhat(draws: np.ndarray) -> np.ndarray:
+    """Rank-normalised split R-hat (Vehtari et al. 2021) of draws (C, S, ...) -> (...)."""
+    return az.rhat(_dataset(draws))["x"].values
+
+
+def ess(draws: np.ndarray, method: str = "bulk") -> np.ndarray:
+    """Effective sample size of draws (C, S, ...) -> (...); method "bulk", "tail", "mean", "sd", ..."""
+    return az.ess(_dataset(draws), method=method)["x"].values
+
+
+def psis(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
+    """Pareto-smoothed log weights and the shape k-hat of log p - log q at draws from q, (S,)."""
+    log_weights, shape = az.psislw(np.array(log_ratios, dtype=float))
+    return np.asarray(log_weights), float(shape)
+
+
+def _dataset(draws: np.ndarray) -> xr.Dataset:
+    values = np.asarray(draws, dtype=float)
+    dims = ["chain", "draw", *(f"dim_{i}" for i in range(values.ndim - 2))]
+    return xr.Dataset({"x": (dims, values)})
