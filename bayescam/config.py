@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import tomllib
 import types
 import typing
@@ -132,7 +133,8 @@ def read_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
 
     Args:
         path: a TOML file, or None. Relative paths in it are taken from its own folder.
-        overrides: dotted names to values, from flags; None values are flags not given.
+        overrides: dotted names to values, from flags; None values are flags not given. Relative paths among them are
+            taken from the working directory, so that the resolved configuration means the same anywhere.
 
     Raises:
         UsageError: absent or broken file, unknown key, wrong type, value out of range; the message names it.
@@ -140,11 +142,11 @@ def read_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     table = _load(path) if path is not None else {}
     given = {key: value for key, value in overrides.items() if value is not None}
     preset = given.get("preset", table.get("preset", "standard"))
-    if preset not in _PRESETS:
+    if not isinstance(preset, str) or preset not in _PRESETS:
         raise UsageError(f"preset {preset!r} is unknown; take one of {', '.join(_PRESETS)}")
     config = _merge(_PRESETS[preset], table, where=str(path), prefix="")
     for name, value in given.items():
-        config = _merge(config, _nest(name, value), where="flags", prefix="")
+        config = _merge(config, _nest(name, _from_folder(name, value, Path.cwd())), where="flags", prefix="")
     config = replace(config, preset=preset)
     _check_ranges(config)
     return config
@@ -162,23 +164,34 @@ def _load(path: Path) -> dict[str, Any]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"--config {path}: no such file") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"--config {path}: not a readable TOML file ({error})") from error
-    data = table.get("data")
-    if isinstance(data, dict):
-        for key in ("spec", "root"):
-            if isinstance(data.get(key), str):
-                data[key] = _from_folder(data[key], path.parent, is_spec=key == "spec")
-    weights = table.get("backbone", {}).get("weights") if isinstance(table.get("backbone"), dict) else None
-    if isinstance(weights, str) and weights.endswith(".safetensors"):
-        table["backbone"]["weights"] = _from_folder(weights, path.parent, is_spec=False)
+    for name in _PATHS:
+        head, _, key = name.partition(".")
+        section = table.get(head)
+        if isinstance(section, dict) and key in section:
+            section[key] = _from_folder(name, section[key], path.parent)
     return table
 
 
-def _from_folder(value: str, folder: Path, *, is_spec: bool) -> str:
-    if is_spec and value in ("phantom", "mednist", "mura"):
+_PATHS = ("data.spec", "data.root", "backbone.weights")
+
+
+def _from_folder(name: str, value: Any, folder: Path) -> Any:
+    """A setting that is a relative path, made absolute; every other value as it is."""
+    if name not in _PATHS or not isinstance(value, str):
         return value
-    return str((folder / value).resolve())
+    if name == "data.spec" and value in ("phantom", "mednist", "mura"):
+        return value
+    if name == "backbone.weights" and not value.endswith(".safetensors"):
+        return value
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{name} {value!r}: not UTF-8, which config.toml must be; rename it or make a link to it"
+        ) from error
+    return os.path.abspath(folder / value)
 
 
 def _merge(config: Any, table: Mapping[str, Any], *, where: str, prefix: str) -> Any:
@@ -208,10 +221,17 @@ def _typed(value: Any, hint: Any, *, where: str, name: str) -> Any:
             if value in typing.get_args(option) and isinstance(value, str):
                 return value
         elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            return _as_float(value)
         elif isinstance(option, type) and isinstance(value, option) and isinstance(value, bool) == (option is bool):
             return value
     raise UsageError(f"{where}: {name} must be {_in_words(options)}, got {value!r}")
+
+
+def _as_float(value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _in_words(options: tuple[Any, ...]) -> str:

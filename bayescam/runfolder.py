@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from bayescam.config import Config, read_config, to_toml
-from bayescam.errors import BayescamError, UsageError
-from bayescam.storage import sha256_of, write_text
+from bayescam.errors import BayescamError, FileFormatError, UsageError
+from bayescam.storage import is_partial, read_json, sha256_of, write_text
 
 _LOCK = ".lock"
 _STAGES = ".stages.json"
+_SCRATCH = ".scratch"
 
 
 class AlreadyComplete(Exception):
@@ -35,10 +36,15 @@ class RunFolder:
         self.path = path
         self._stages: dict[str, dict[str, Any]] = {}
         if (path / _STAGES).is_file():
-            self._stages = _read_json(path / _STAGES)
+            self._stages = _read_stages(path / _STAGES)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for what a stage keeps in case it is interrupted; gone when the run is complete."""
+        return self.path / _SCRATCH
 
     @property
     def timings(self) -> dict[str, dict[str, float]]:
@@ -75,11 +81,14 @@ class RunFolder:
 
     def complete(self, facts: dict[str, Any]) -> None:
         """Write ``run.json`` last: the checksum of every file, and that the run is complete."""
+        if self.scratch.is_dir():
+            shutil.rmtree(self.scratch)
         files = {
             path.relative_to(self.path).as_posix(): {"sha256": sha256_of(path), "bytes": path.stat().st_size}
             for path in sorted(self.path.rglob("*"))
             if path.is_file() and not any(part.startswith(".") for part in path.relative_to(self.path).parts)
         }
+        files.pop("run.json", None)
         write_text(self / "run.json", json.dumps({"status": "complete", **facts, "files": files}, indent=1))
 
 
@@ -96,7 +105,7 @@ def opened(
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"--out {path}: is a file; name a folder")
-    held = sorted(p.name for p in path.iterdir() if p.name != _LOCK) if path.is_dir() else []
+    held = sorted(p.name for p in path.iterdir() if p.name != _LOCK and not is_partial(p)) if path.is_dir() else []
     ours = (path / "config.toml").is_file()
     if held and not resume and not overwrite:
         raise UsageError(f"--out {path}: the folder is not empty; name another, or say --resume or --overwrite")
@@ -108,6 +117,7 @@ def opened(
             raise AlreadyComplete
         if overwrite and not resume:
             _clear(path)
+        _sweep(path)
         if not ours or not resume:
             write_text(path / "config.toml", to_toml(config))
         yield RunFolder(path), config
@@ -176,7 +186,9 @@ def _peak_memory_mib() -> float:
 
 
 def _clear(path: Path) -> None:
-    for entry in path.iterdir():
+    """Empty the folder, run.json first and config.toml last: a kill in between leaves an unfinished run."""
+    entries = sorted(path.iterdir(), key=lambda entry: (entry.name != "run.json", entry.name == "config.toml"))
+    for entry in entries:
         if entry.name == _LOCK:
             continue
         if entry.is_dir() and not entry.is_symlink():
@@ -185,11 +197,24 @@ def _clear(path: Path) -> None:
             entry.unlink()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BayescamError(f"{path}: not readable ({error}); start the run anew with --overwrite") from error
+def _sweep(path: Path) -> None:
+    """Remove the temporaries of a process that was killed."""
+    for leftover in [entry for entry in path.rglob(".*") if is_partial(entry)]:
+        leftover.unlink()
+
+
+def _read_stages(path: Path) -> dict[str, dict[str, Any]]:
+    stages = read_json(path)
+    for name, stage in stages.items():
+        if not (
+            isinstance(stage, dict)
+            and all(isinstance(stage.get(key), int | float) for key in ("seconds", "peak_memory_mib"))
+            and isinstance(stage.get("files"), dict)
+        ):
+            raise FileFormatError(
+                f"{path}: the record of stage {name!r} is broken; start the run anew with --overwrite"
+            )
+    return stages
 
 
 def verified(path: Path, *names: str) -> Path:
@@ -201,10 +226,11 @@ def verified(path: Path, *names: str) -> Path:
     if not (path / "run.json").is_file():
         what = "is not finished: resume it first" if (path / "config.toml").is_file() else "is not a run folder"
         raise BayescamError(f"--run {path}: {what}")
-    files = _read_json(path / "run.json").get("files", {})
+    files = read_json(path / "run.json").get("files")
     for name in names:
-        if not (path / name).is_file() or name not in files:
+        record = files.get(name) if isinstance(files, dict) else None
+        if not (path / name).is_file() or not isinstance(record, dict):
             raise BayescamError(f"{path / name}: missing; run again")
-        if sha256_of(path / name) != files[name]["sha256"]:
+        if sha256_of(path / name) != record.get("sha256"):
             raise BayescamError(f"{path / name}: changed since the run wrote it; restore it or run again")
     return path

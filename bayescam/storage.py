@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_PARTIAL = ".partial"
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary path in the same folder; on success fsync it and rename it onto ``path``.
@@ -26,7 +29,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     On any error the temporary file is removed and whatever stood at ``path`` is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".", suffix=".partial" + path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=".", suffix=_PARTIAL + path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -38,6 +41,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a file is the temporary of a write that was killed: nobody will finish it."""
+    return path.name.startswith(".") and _PARTIAL in Path(path.name[1:]).suffixes
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -75,12 +83,16 @@ def _fsync_folder(folder: Path) -> None:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
     """Write tensors and JSON metadata as one safetensors file, atomically; no code can hide in it."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     header = {"bayescam": json.dumps(dict(metadata), sort_keys=True)}
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(whole, str(temporary), metadata=header)
+        try:
+            save_file(whole, str(temporary), metadata=header)
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def load_tensors(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -107,7 +119,7 @@ def load_tensors(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str,
     try:
         metadata = json.loads(header["bayescam"])
         found = metadata["kind"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: not written by bayescam (no metadata of ours)") from error
     if found != kind:
         raise FileFormatError(f"{path}: holds a {found!r}, not a {kind!r}; give the right file")
@@ -115,6 +127,21 @@ def load_tensors(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str,
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise FileFormatError(f"{path}: tensor {name!r} holds NaN or infinite numbers; write it again")
     return tensors, metadata
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        FileFormatError: absent, unreadable, or something else than one JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path}: not readable as JSON ({error}); restore it or run again") from error
+    if not isinstance(content, dict):
+        raise FileFormatError(f"{path}: holds no JSON object; restore it or run again")
+    return content
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -39,6 +39,22 @@ def test_relative_paths_in_a_file_start_at_the_file(tmp_path):
     assert read_config(file, {}).data.spec == "phantom"
 
 
+def test_relative_paths_in_flags_start_at_the_working_directory_wherever_the_run_folder_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = read_config(None, {"data.spec": "images", "backbone.weights": "w.safetensors", "data.root": "r"})
+    stored = tmp_path / "runs/one/config.toml"
+    stored.parent.mkdir(parents=True)
+    stored.write_text(to_toml(config))
+    assert read_config(stored, {}) == config
+    assert config.data.spec == str(tmp_path / "images")
+    assert read_config(None, {"backbone.weights": "DEFAULT"}).backbone.weights == "DEFAULT"
+
+
+def test_a_path_that_toml_cannot_hold_is_refused_in_words():
+    with pytest.raises(UsageError, match=r"data\.spec .*not UTF-8.*rename"):
+        read_config(None, {"data.spec": "caf\udce9"})
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -54,6 +70,9 @@ def test_relative_paths_in_a_file_start_at_the_file(tmp_path):
         ("[posterior]\nprior_precision = 0", "prior_precision must be a positive number"),
         ('[data]\non_bad = "ignore"', "must be one of raise, skip"),
         ("[train]\nlearning_rate = nan", "learning_rate must be positive and finite"),
+        ("preset = []", "preset [] is unknown"),
+        ("[train]\nlearning_rate = 1" + "0" * 400, "learning_rate must be positive and finite, got inf"),
+        ("x = " + "[" * 20_000, "not a readable TOML file"),
         ("seed = 1\nseed = 2", "not a readable TOML file"),
         ("no toml", "not a readable TOML file"),
     ],

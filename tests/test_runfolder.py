@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,67 @@ def test_resume_keeps_whole_stages_and_overwrite_drops_them(tmp_path):
         assert not folder.done("a")
     with _open(tmp_path / "r", overwrite=True) as (folder, _):
         assert not folder.done("a")
+
+
+def test_what_a_kill_leaves_behind_is_no_obstacle_and_is_swept(tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/.abc.partial.toml").write_text("half")
+    with _open(tmp_path / "r", resume=True) as (folder, _):
+        _stage(folder, "a")
+        (tmp_path / "r/figures").mkdir()
+        (tmp_path / "r/figures/.x_1.partial.png").write_text("half")
+        (tmp_path / "r/.mine").write_text("not ours")
+    with _open(tmp_path / "r", resume=True) as (folder, _):
+        folder.scratch.mkdir()
+        (folder.scratch / "epoch").write_text("")
+        folder.complete({})
+    assert not list((tmp_path / "r").rglob("*.partial*"))
+    assert not (tmp_path / "r/.scratch").exists()
+    assert (tmp_path / "r/.mine").is_file()
+
+
+def test_an_overwriting_that_is_killed_leaves_an_unfinished_run(tmp_path, monkeypatch):
+    with _open(tmp_path / "r") as (folder, _):
+        _stage(folder, "a")
+        folder.complete({})
+    removed = []
+    unlink = Path.unlink
+
+    def killed(path, **options):
+        removed.append(path.name)
+        if len(removed) == 2:
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt), _open(tmp_path / "r", overwrite=True):
+            pass
+    assert removed[0] == "run.json"
+    with _open(tmp_path / "r", overwrite=True) as (folder, _):
+        assert not folder.done("a")
+
+
+def test_the_record_of_a_run_does_not_list_itself(tmp_path):
+    with _open(tmp_path / "r") as (folder, _):
+        _stage(folder, "a")
+        folder.complete({})
+        folder.complete({})
+    assert set(json.loads((tmp_path / "r/run.json").read_text())["files"]) == {"a.txt", "config.toml"}
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 20_000, '{"files": 3}', '{"files": {"a.txt": null}}', "\ud800"])
+def test_a_broken_record_is_refused(tmp_path, content):
+    with _open(tmp_path / "r") as (folder, _):
+        _stage(folder, "a")
+        folder.complete({})
+    (tmp_path / "r/run.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(BayescamError, match=r"run\.json|a\.txt"):
+        verified(tmp_path / "r", "a.txt")
+    (tmp_path / "r/run.json").unlink()
+    (tmp_path / "r/.stages.json").write_text('{"a": {"seconds": 1, "files": []}}')
+    with pytest.raises(BayescamError, match=r"stages\.json.*'a' is broken"), _open(tmp_path / "r", resume=True):
+        pass
 
 
 def test_a_file_changed_by_hand_is_noticed(tmp_path):
