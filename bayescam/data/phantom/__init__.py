@@ -1,0 +1,1 @@
+"""Simulated radiographs with ground truth: anatomy, physics, clinic, and the dataset made of them."""

@@ -1,0 +1,76 @@
+"""The phantom as a dataset: records without files, drawn when asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bayescam.data.dataset import Radiograph, RadiographDataset
+from bayescam.data.phantom.roster import Case, Dials, roster
+from bayescam.data.phantom.simulate import Simulated, radiograph
+
+LICENCE = "simulated by bayescam: no patient, no restriction"
+
+
+@dataclass(frozen=True)
+class PhantomSource:
+    """Draws the picture and the masks of a record from ``seed`` and ``dials`` alone."""
+
+    seed: int
+    dials: Dials
+    cases: tuple[Case, ...]
+
+    def drawn(self, record: Radiograph) -> Simulated:
+        """The simulated radiograph behind ``record``."""
+        return _drawn(self.cases[int(record.obs_id.rsplit("-", 1)[1])], self.seed, self.dials)
+
+    def image(self, record: Radiograph) -> NDArray[np.float32]:
+        """The picture (H, W) in [0, 1]."""
+        return self.drawn(record).image
+
+    def masks(self, record: Radiograph) -> dict[str, NDArray[np.bool_]]:
+        """The truth: name -> bool (H, W)."""
+        return self.drawn(record).masks
+
+
+@lru_cache(maxsize=8)
+def _drawn(case: Case, seed: int, dials: Dials) -> Simulated:
+    return radiograph(case, seed, dials)
+
+
+def phantom_dataset(num: int, seed: int, **dials: object) -> RadiographDataset:
+    """``num`` simulated radiographs of the population ``seed``.
+
+    The same (num, seed, dials) gives the same bytes, and record i does not depend on ``num``. About two and a half pictures
+    a patient; a quarter of the patients appear under two parts.
+
+    Args:
+        num: how many radiographs.
+        seed: which population.
+        dials: the fields of ``bayescam.data.phantom.roster.Dials``.
+    """
+    settings = Dials(**dials)  # type: ignore[arg-type]
+    cases = tuple(roster(num, seed, settings))
+    records = tuple(
+        Radiograph(
+            obs_id=f"phantom-{seed}-{case.index:06d}",
+            label=settings.parts.index(case.part),
+            patient=f"{case.patient:05d}",
+            study=f"study{case.study}",
+            view=case.view,
+        )
+        for case in cases
+    )
+    return RadiographDataset(
+        name="phantom",
+        classes=settings.parts,
+        records=records,
+        root=None,
+        licence=LICENCE,
+        shareable=True,
+        ignored={},
+        source=PhantomSource(seed, settings, cases),
+    )

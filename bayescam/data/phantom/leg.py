@@ -1,0 +1,96 @@
+"""Knee and foot: parts no network here is trained on, for out-of-distribution tests. Frames as in the arm; z is anterior."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bayescam.data.phantom.patient import Patient
+from bayescam.data.phantom.skeleton import Body, Rod, body, bone, join, turn
+
+
+def knee(patient: Patient, flexion: float) -> Body:
+    """A right knee bent by ``flexion`` degrees, the joint at the origin, the thigh above it."""
+    fat = patient.build
+    femur = [
+        Rod("knee", (4, -200, 4), 14.5, (2, -75, 2), 14.5, 5.0, 0.05),
+        Rod("knee", (0, -80, 2), 15, (-18, -24, 0), 19, 1.8, 0.25),
+        Rod("knee", (0, -80, 2), 15, (18, -24, 0), 19, 1.8, 0.25),
+        Rod("knee", (-21, -23, -8), 19, (-21, -21, 4), 18.5, 1.4, 0.3),
+        Rod("knee", (21, -22, -8), 18.5, (21, -20, 4), 18.5, 1.4, 0.3),
+    ]
+    tibia = [
+        Rod("knee", (-18, 14, -2), 19, (-3, 52, -2), 16, 1.5, 0.27),
+        Rod("knee", (18, 14, -2), 18.5, (-1, 52, -2), 16, 1.5, 0.27),
+        Rod("knee", (-22, 8, -2), 16, (22, 8, -2), 16, 1.3, 0.3, (1, 0.4, 1)),
+        Rod("knee", (-2, 1, 0), 6, (-3, -3.5, 0), 2.4, 1.0, 0.3),
+        Rod("knee", (-2, 50, 0), 16, (-4, 220, 0), 12.5, 4.2, 0.05),
+    ]
+    fibula = [
+        Rod("knee", (31, 24, -16), 9.5, (27, 50, -16), 6.5, 1.4, 0.25),
+        Rod("knee", (27, 48, -16), 6.6, (22, 220, -14), 6.4, 2.6, 0.05),
+    ]
+    patella = [Rod("knee", (2, -32, 34), 20, (2, -27, 34), 18, 1.3, 0.32, (1, 1, 0.5))]
+    thigh = [Rod("knee", (2, -230, 0), 78 * fat, (0, -30, 0), 58 * fat), Rod("knee", (0, -40, 8), 56 * fat, (0, 10, 2), 54 * fat)]
+    calf = [Rod("knee", (0, 0, 0), 53 * fat, (2, 110, -8), 55 * fat), Rod("knee", (2, 100, -8), 55 * fat, (0, 260, 0), 40 * fat)]
+    plates = [Rod("knee", (0, -36, 0), 46, (0, -36, 0), 46, flat=(1, 0.03, 1))] if patient.growing else []
+    upper = body([bone("femur", femur, density=patient.density), bone("patella", patella)], thigh, plates=plates)
+    plates = [Rod("knee", (0, 22, 0), 42, (0, 22, 0), 42, flat=(1, 0.03, 1))] if patient.growing else []
+    lower = body(
+        [bone("tibia", tibia, density=patient.density), bone("fibula", fibula, density=patient.density)],
+        calf,
+        plates=plates,
+        joints=[("knee", (0, -4, 0), 34)],
+    )
+    return join([upper, lower.moved(turn("x", -flexion), np.zeros(3))])
+
+
+def foot(patient: Patient) -> Body:
+    """A right foot flat on the ground: toes along y, sole towards -z, big toe at -x, ankle above the origin."""
+    fat = patient.build**0.5
+    rods = {
+        "tibia": [
+            Rod("foot", (0, -8, 200), 13, (0, -8, 62), 14, 3.6, 0.05),
+            Rod("foot", (0, -8, 66), 14, (-3, -8, 40), 20, 1.4, 0.27),
+        ],
+        "fibula": [Rod("foot", (24, -14, 200), 6.5, (24, -14, 60), 6.5, 2.4, 0.05), Rod("foot", (24, -14, 62), 7, (25, -14, 22), 8, 1.4, 0.2)],
+        "talus": [Rod("foot", (-2, -8, 14), 18, (-4, 2, 10), 16, 1.3, 0.32), Rod("foot", (-4, 2, 8), 13, (-8, 26, 4), 12, 1.3, 0.3)],
+        "calcaneus": [
+            Rod("foot", (4, -56, -20), 18, (4, -20, -14), 15, 1.3, 0.28),
+            Rod("foot", (4, -20, -14), 15, (12, 18, -14), 11.5, 1.2, 0.28),
+        ],
+        "navicular": [Rod("foot", (-20, 38, 0), 9.5, (0, 38, 4), 9, 1.1, 0.3)],
+        "cuboid": [Rod("foot", (16, 36, -12), 11, (16, 46, -12), 10.5, 1.1, 0.3)],
+        "medial cuneiform": [Rod("foot", (-22, 52, -4), 8.5, (-23, 64, -5), 8.5, 1.1, 0.3)],
+        "middle cuneiform": [Rod("foot", (-8, 52, 2), 7, (-8, 60, 1), 7, 1.1, 0.3)],
+        "lateral cuneiform": [Rod("foot", (4, 52, 0), 7, (5, 62, 0), 7, 1.1, 0.3)],
+    }
+    bones = [bone(name, rows, density=patient.density) for name, rows in rods.items()]
+    tissue = [
+        Rod("foot", (2, -60, -24), 27 * fat, (0, 20, -12), 33 * fat),
+        Rod("foot", (0, 0, 0), 36 * fat, (-2, 90, -16), 33 * fat, flat=(1.15, 1, 0.75)),
+        Rod("foot", (4, -10, 230), 40 * fat, (4, -10, 20), 36 * fat),
+    ]
+    ends = ((-25, 74, -8, -3, 1.55), (-8, 70, -3, 0, 0.95), (5, 70, -4, 4, 0.9), (14, 66, -8, 8, 0.9), (23, 60, -13, 13, 0.95))
+    lengths = ((60, 32, 26), (72, 26, 12, 10), (69, 24, 11, 10), (67, 22, 10, 10), (66, 20, 8, 9))
+    for number, ((x, y, z, fan, wide), segments) in enumerate(zip(ends, lengths, strict=True), 1):
+        direction = turn("z", -fan) @ turn("x", -7.0) @ np.array([0.0, 1.0, 0.0])
+        at = np.array([x, y, z], float)
+        for index, length in enumerate(segments):
+            stop = at + direction * length
+            wide_here = wide * (1.0 if index == 0 else 0.9)
+            low, mid, high = (tuple(at + direction * f * length) for f in (0.14, 0.5, 0.87))
+            thick = (6.8, 4.0, 5.8) if index == 0 else (5.2, 3.2, 4.2)
+            bones.append(
+                bone(
+                    f"ray {number} bone {index + 1}",
+                    [
+                        Rod("foot", low, thick[0] * wide_here, mid, thick[1] * wide_here, 1.4, 0.2),
+                        Rod("foot", mid, thick[1] * wide_here, high, thick[2] * wide_here, 1.3, 0.2),
+                    ],
+                    density=patient.density,
+                )
+            )
+            flesh = (16 if index == 0 else 9.0) * fat * wide**0.4
+            tissue.append(Rod("foot", tuple(at), flesh, tuple(stop), flesh * 0.95))
+            at = stop
+    return body(bones, tissue, joints=[("foot", (0, -8, 32), 22), ("foot", (-25, 134, -14), 14)])
