@@ -1,0 +1,239 @@
+"""Linear forms of the last layer under its posterior: a . (theta x), directions a over classes, rows x over features.
+
+Everything a class activation map needs is such a form. Rows are augmented: x is (..., D+1), a cell's features with a
+last entry 0, or with a last entry 1 where the bias belongs to it. E = D+1. Directions are (R, K) in float64: a row of
+I - 11^T/K for a centred class, of I for a raw one, e_c - e_d for a contrast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from bayescam.errors import NotPositiveDefiniteError
+from bayescam.posterior.covariance import FullCovariance
+from bayescam.posterior.draws import Draws
+from bayescam.posterior.laplace import Laplace
+
+_NUMBERS = 1 << 23  # held at once by one step of a chunked computation
+
+
+class LinearForms(Protocol):
+    """What is known of f = directions . (theta x): rows x (n, M, E), directions (R, K), results (n, M, R)."""
+
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def num_features(self) -> int: ...
+    @property
+    def is_sampled(self) -> bool: ...
+
+    def mean(self, rows: Tensor, directions: Tensor) -> Tensor: ...
+    def variance(self, rows: Tensor, directions: Tensor) -> Tensor: ...
+    def covariance(self, left: Tensor, right: Tensor, direction: Tensor) -> Tensor:
+        """Covariance of one form at rows (n, M, E) with itself at rows (n, M2, E): (n, M, M2)."""
+
+    def quantile(self, rows: Tensor, directions: Tensor, q: float) -> Tensor: ...
+    def exceedance(self, rows: Tensor, directions: Tensor, threshold: float) -> Tensor: ...
+    def draw(self, rows: Tensor, direction: Tensor, num_samples: int, seed: int) -> Tensor:
+        """Joint draws of one form at M rows, (n, M, E) -> (n, S, M), in float64."""
+
+
+class GaussianForms:
+    """Closed forms under a Gaussian posterior; only ``draw`` samples, and that among the M rows, not among the weights.
+
+    mean = a . (theta_mean x), variance = x Sigma(a, a) x^T with Sigma(a, a) = sum_kl a_k a_l Sigma_kl.
+    """
+
+    is_sampled = False
+
+    def __init__(self, posterior: Laplace, like: Tensor) -> None:
+        self.theta = posterior.theta_mean.to(like)
+        self._exact = posterior.covariance
+        self._quick = None if isinstance(self._exact, FullCovariance) else self._exact.to(like.device).to(like.dtype)
+        self._factors: dict[tuple[float, ...], Tensor] = {}
+
+    @property
+    def num_classes(self) -> int:
+        return self.theta.shape[0]
+
+    @property
+    def num_features(self) -> int:
+        return self.theta.shape[1] - 1
+
+    def mean(self, rows: Tensor, directions: Tensor) -> Tensor:
+        return rows @ (directions.to(self.theta) @ self.theta).mT
+
+    def variance(self, rows: Tensor, directions: Tensor) -> Tensor:
+        if self._quick is not None:
+            return self._quick.variance(rows, directions.to(self.theta))
+        flat = rows.flatten(0, -2)
+        variances = [(flat @ self._factor(direction)).square().sum(-1) for direction in directions]
+        return torch.stack(variances, -1).unflatten(0, rows.shape[:-1])
+
+    def covariance(self, left: Tensor, right: Tensor, direction: Tensor) -> Tensor:
+        if not isinstance(self._exact, FullCovariance):
+            exact, along = self._exact.to(left.device), direction.to(left.device)
+            return exact.bilinear(along, along, left.double(), right.double())
+        factor = _cached_factor(self._exact, direction).to(left.device).double()
+        return (left.double() @ factor) @ (right.double() @ factor).mT
+
+    def _factor(self, direction: Tensor) -> Tensor:
+        """The direction's factor in the type and on the device of the maps."""
+        assert isinstance(self._exact, FullCovariance)
+        key = tuple(direction.tolist())
+        if key not in self._factors:
+            self._factors[key] = _cached_factor(self._exact, direction).to(self.theta)
+        return self._factors[key]
+
+    def quantile(self, rows: Tensor, directions: Tensor, q: float) -> Tensor:
+        z = math.sqrt(2) * float(torch.erfinv(torch.tensor(2 * q - 1, dtype=torch.float64)))
+        return self.mean(rows, directions) + z * self.variance(rows, directions).sqrt()
+
+    def exceedance(self, rows: Tensor, directions: Tensor, threshold: float) -> Tensor:
+        return normal_exceedance(self.mean(rows, directions), self.variance(rows, directions).sqrt(), threshold)
+
+    def draw(self, rows: Tensor, direction: Tensor, num_samples: int, seed: int) -> Tensor:
+        """The same standard normals serve every image, so that an image's answer does not depend on its batch."""
+        root = symmetric_root(self.covariance(rows, rows, direction))
+        generator = torch.Generator().manual_seed(seed)
+        z = torch.randn(num_samples, rows.shape[-2], generator=generator, dtype=torch.float64).to(root)
+        mean = rows.double() @ (direction.to(self.theta) @ self.theta).double()
+        return mean.unsqueeze(-2) + z @ root
+
+
+class SampledForms:
+    """The same from posterior draws: moments are the draws' own (variance with S - 1), probabilities their shares."""
+
+    is_sampled = True
+
+    def __init__(self, draws: Draws, like: Tensor) -> None:
+        weight, bias = draws.flat()
+        if len(weight) < 2:
+            raise ValueError("posterior has 1 draw; a spread needs at least 2")
+        self.draws = torch.cat([weight, bias.unsqueeze(-1)], -1).to(like)
+        self.theta = self.draws.double().mean(0).to(like)
+
+    @property
+    def num_classes(self) -> int:
+        return self.draws.shape[1]
+
+    @property
+    def num_features(self) -> int:
+        return self.draws.shape[2] - 1
+
+    def mean(self, rows: Tensor, directions: Tensor) -> Tensor:
+        return rows @ (directions.to(self.theta) @ self.theta).mT
+
+    def variance(self, rows: Tensor, directions: Tensor) -> Tensor:
+        return torch.stack([self._variance(rows, self._factor(direction)) for direction in directions], -1)
+
+    def covariance(self, left: Tensor, right: Tensor, direction: Tensor) -> Tensor:
+        factor = self._factor(direction).double()
+        return (left.double() @ factor) @ (right.double() @ factor).mT
+
+    def quantile(self, rows: Tensor, directions: Tensor, q: float) -> Tensor:
+        return self._over_draws(rows, directions, lambda values: values.quantile(q, dim=0))
+
+    def exceedance(self, rows: Tensor, directions: Tensor, threshold: float) -> Tensor:
+        return self._over_draws(rows, directions, lambda values: (values > threshold).to(values).mean(0))
+
+    def draw(self, rows: Tensor, direction: Tensor, num_samples: int, seed: int) -> Tensor:
+        """All the draws there are; ``num_samples`` and ``seed`` do not apply."""
+        return (rows @ self._along(direction).T).mT.double()
+
+    def _along(self, direction: Tensor) -> Tensor:
+        return torch.einsum("k,ske->se", direction.to(self.draws), self.draws)
+
+    def _factor(self, direction: Tensor) -> Tensor:
+        """F (E, min(E, S)) with F F^T the draws' covariance: their deviations, turned by QR where they are many."""
+        values = self._along(direction).double()
+        deviations = (values - values.mean(0)) / math.sqrt(len(values) - 1)
+        if len(deviations) > deviations.shape[1]:
+            deviations = torch.linalg.qr(deviations, mode="r").R
+        return deviations.T.to(self.draws)
+
+    def _variance(self, rows: Tensor, factor: Tensor) -> Tensor:
+        return torch.cat([(part @ factor).square().sum(-1) for part in _parts(rows, factor.shape[1])])
+
+    def _over_draws(self, rows: Tensor, directions: Tensor, reduce) -> Tensor:  # noqa: ANN001
+        """``reduce`` (S, m) -> (m,) for every direction, a bounded number of rows at a time."""
+        results = []
+        for direction in directions:
+            along = self._along(direction)
+            flat = rows.flatten(0, -2)
+            pieces = [reduce(along @ part.T) for part in _parts(flat, len(along))]
+            results.append(torch.cat(pieces).unflatten(0, rows.shape[:-1]))
+        return torch.stack(results, -1)
+
+
+def forms_of(posterior: Laplace | Draws, like: Tensor) -> LinearForms:
+    """The posterior's linear forms, in the type and on the device of ``like``."""
+    if isinstance(posterior, Laplace):
+        return GaussianForms(posterior, like)
+    if isinstance(posterior, Draws):
+        return SampledForms(posterior, like)
+    raise TypeError(f"posterior must be a Laplace or Draws, got {type(posterior).__name__}; of a Nuts pass .draws")
+
+
+def normal_exceedance(mean: Tensor, sd: Tensor, threshold: float) -> Tensor:
+    """P(X > t) = Phi((mean - t) / sd) for X ~ Normal(mean, sd^2); where sd = 0 it is 1 if mean > t, else 0."""
+    distance = mean - threshold
+    standard = torch.where(sd > 0, distance / sd, torch.where(distance > 0, math.inf, -math.inf).to(mean))
+    return torch.special.ndtr(standard)
+
+
+def symmetric_root(covariance: Tensor) -> Tensor:
+    """The symmetric R with R R = covariance (..., M, M), which may be singular (dead cells, M > D).
+
+    Raises:
+        NotPositiveDefiniteError: an eigenvalue is negative beyond rounding.
+    """
+    values, vectors = torch.linalg.eigh(covariance)
+    if not values.numel():
+        return covariance
+    largest = values[..., -1].clamp(min=0)
+    if bool((values[..., 0] < -1e-9 * largest - 1e-300).any()):
+        worst = float((values[..., 0] / largest).min())
+        raise NotPositiveDefiniteError(
+            f"the covariance of the map has an eigenvalue {worst:.1e} of its largest; fit the posterior in float64"
+        )
+    return (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
+
+
+_Factors = dict[tuple[float, ...], Tensor]
+_FACTORS: WeakKeyDictionary[FullCovariance, _Factors] = WeakKeyDictionary()
+
+
+def _cached_factor(covariance: FullCovariance, direction: Tensor) -> Tensor:
+    """F (E, E) lower with F F^T = Sigma(a, a), in float64; the 2K used last are kept as long as the posterior lives."""
+    known = _FACTORS.setdefault(covariance, {})
+    key = tuple(direction.tolist())
+    if key not in known:
+        if len(known) >= 2 * covariance.num_classes:
+            known.pop(next(iter(known)))
+        known[key] = _factor(covariance, direction)
+    return known[key]
+
+
+def _factor(covariance: FullCovariance, direction: Tensor) -> Tensor:
+    eye = torch.eye(covariance.num_features + 1).to(covariance.precision_cholesky)
+    direction = direction.to(eye)
+    factor, info = torch.linalg.cholesky_ex(covariance.bilinear(direction, direction, eye, eye))
+    if int(info):
+        raise NotPositiveDefiniteError(
+            f"the covariance along class direction {[round(a, 3) for a in direction.tolist()]} is not positive "
+            f"definite at row {int(info)}; fit the posterior in float64"
+        )
+    return factor
+
+
+def _parts(rows: Tensor, width: int) -> Iterator[Tensor]:
+    """Rows in pieces whose products with ``width`` columns stay within the memory bound."""
+    each = max(1, rows[0].numel() // rows.shape[-1] if len(rows) else 1) * width
+    yield from rows.split(max(1, _NUMBERS // each))
