@@ -1,0 +1,295 @@
+"""Is the Gaussian posterior good enough? Numbers beside their noise floors, and a verdict."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayescam.diagnose.calibration import classification_metrics
+from bayescam.diagnose.convergence import Convergence, convergence, probability_convergence
+from bayescam.diagnose.importance import importance
+from bayescam.diagnose.weight_agreement import halves, weight_agreement
+from bayescam.posterior.draws import Draws
+from bayescam.posterior.images import check_images
+from bayescam.posterior.laplace import Laplace
+from bayescam.posterior.nuts import Nuts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Verdict = Literal["laplace", "refine", "nuts", "undecided"]
+
+MAX_TOTAL_VARIATION = 0.01
+MAX_NLL_DIFFERENCE = 0.01
+MAX_RHAT = 1.05
+MIN_ESS = 100.0
+_ELEMENTS = 1 << 23
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Laplace (and refined, and the MAP plug-in) against NUTS on the images given.
+
+    Args:
+        verdict: "laplace" (close enough for predictions), "refine" (the refined one is), "nuts" (neither is),
+            "undecided" (NUTS itself did not converge).
+        words: the verdict in a sentence, with its numbers.
+        convergence: of NUTS: "probabilities" and "lp", each with rhat, ess_bulk, ess_tail.
+        predictive: for each of "map", "laplace", "refined": total_variation, agreement, mutual information and metric
+            differences against NUTS; "nuts_half" is NUTS half against half, the noise floor.
+        weights: for "laplace" and "refined": ``WeightAgreement.summary`` and the ten worst weights.
+        cams: the same for mean and sd of the centred CAMs; empty without maps.
+        importance: k-hat over batches and a KL estimate; empty without training images. Information, never the gate.
+        thresholds: what "close enough" and "converged" meant.
+    """
+
+    verdict: Verdict
+    words: str
+    convergence: Mapping[str, Convergence]
+    predictive: Mapping[str, Mapping[str, float]]
+    weights: Mapping[str, Mapping[str, Any]]
+    cams: Mapping[str, Mapping[str, float]]
+    importance: Mapping[str, Mapping[str, Any]]
+    thresholds: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists; what is not finite becomes None, as JSON has no word for it."""
+        return _json_safe(
+            {
+                "verdict": self.verdict,
+                "words": self.words,
+                "convergence": {name: asdict(one) for name, one in self.convergence.items()},
+                "predictive": self.predictive,
+                "weights": self.weights,
+                "cams": self.cams,
+                "importance": self.importance,
+                "thresholds": self.thresholds,
+            }
+        )
+
+    def __repr__(self) -> str:
+        return f"Comparison(verdict={self.verdict!r}: {self.words})"
+
+
+def compare_posteriors(
+    laplace: Laplace,
+    nuts: Nuts,
+    features: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | None = None,
+    *,
+    refined: Laplace | None = None,
+    maps: Tensor | None = None,
+    training: tuple[Tensor | np.ndarray, Tensor | np.ndarray] | None = None,
+    num_samples: int = 500,
+    seed: int = 0,
+) -> Comparison:
+    """Compare Gaussian posteriors with NUTS where it matters, in predictions, and in weights and maps.
+
+    Total variation of two predictives is 1/2 mean_n sum_k |p_nk - q_nk|. A Gaussian is close enough if it is at most
+    max(.01, twice NUTS half against half) from NUTS and the mean NLL differs by at most .01. NUTS has converged if the
+    R-hat of the predicted probabilities is below 1.05 and their ESS above 100.
+
+    Args:
+        laplace: the Gaussian around the MAP.
+        nuts: the referee, of the same target.
+        features: phi (N, D) of the evaluation images.
+        labels: (N,), or None: then the verdict rests on total variation alone.
+        refined: the KL-optimal Gaussian, if it was made.
+        maps: feature maps (n, D, h, w) of some images, for the CAMs.
+        training: features and labels of the training images, for k-hat and KL.
+        num_samples: draws of each Gaussian for its mutual information.
+        seed: of those draws.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    phi, truth = _check(laplace, nuts, features, labels)
+    gaussians = {"laplace": laplace} if refined is None else {"laplace": laplace, "refined": refined}
+    converged = {
+        "probabilities": probability_convergence(nuts.draws, phi),
+        "lp": convergence(nuts.stats["lp"]),
+    }
+    predictive = _predictive(laplace, gaussians, nuts.draws, phi, truth, num_samples, seed)
+    weights = {}
+    for name, gaussian in gaussians.items():
+        agreement = weight_agreement(gaussian, nuts.draws)
+        weights[name] = {**agreement.summary(), "worst": agreement.worst()}
+    verdict, words = _verdict(converged["probabilities"], predictive)
+    return Comparison(
+        verdict,
+        words,
+        converged,
+        predictive,
+        weights,
+        {} if maps is None else {name: _cams(maps, one, nuts.draws) for name, one in gaussians.items()},
+        {} if training is None else _importance(gaussians, training, seed),
+        {
+            "total_variation": _allowed(predictive),
+            "nll_difference": MAX_NLL_DIFFERENCE,
+            "rhat": MAX_RHAT,
+            "ess": MIN_ESS,
+        },
+    )
+
+
+def predictive_moments(draws: Draws, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean class probabilities (N, K) and mutual information H[E p] - E H[p] in nats (N,), over the draws."""
+    weight, bias = draws.flat()
+    s, k, d = weight.shape
+    means, informations = [], []
+    for phi in features.to(weight).split(max(1, _ELEMENTS // (s * k))):
+        logits = torch.addmm(bias.reshape(-1), phi, weight.reshape(-1, d).T).unflatten(1, (s, k))
+        proba = logits.softmax(-1)
+        mean = proba.mean(1)
+        within = torch.special.entr(proba).sum(-1).mean(1)
+        means.append(mean)
+        informations.append((torch.special.entr(mean).sum(-1) - within).clamp_min(0.0))
+    return torch.cat(means), torch.cat(informations)
+
+
+def total_variation(p: Tensor, q: Tensor) -> float:
+    """1/2 mean_n sum_k |p_nk - q_nk| for class probabilities (N, K)."""
+    return float((p - q).abs().sum(-1).mean() / 2)
+
+
+def _predictive(
+    laplace: Laplace,
+    gaussians: Mapping[str, Laplace],
+    draws: Draws,
+    phi: Tensor,
+    truth: Tensor | None,
+    num_samples: int,
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    proba, information = predictive_moments(draws, phi)
+    reference = {"proba": proba, "information": information}
+    plug_in = torch.addmm(laplace.bias_mean, phi, laplace.weight_mean.T).softmax(-1)
+    rows = {"map": _against(reference, plug_in, torch.zeros_like(information), truth)}
+    for name, gaussian in gaussians.items():
+        _, own = predictive_moments(gaussian.sample(num_samples, seed=seed), phi)
+        rows[name] = _against(reference, gaussian.predict_proba(phi).to(proba), own.to(proba), truth)
+    first, second = (predictive_moments(half, phi) for half in halves(draws))
+    rows["nuts_half"] = _against({"proba": second[0], "information": second[1]}, *first, truth)
+    return rows
+
+
+def _against(
+    reference: Mapping[str, Tensor], proba: Tensor, information: Tensor, truth: Tensor | None
+) -> dict[str, float]:
+    other, other_information = reference["proba"], reference["information"]
+    row = {
+        "total_variation": total_variation(proba, other),
+        "total_variation_max": float((proba - other).abs().sum(-1).max() / 2),
+        "agreement": float((proba.argmax(-1) == other.argmax(-1)).double().mean()),
+        "mutual_information_difference": float((information - other_information).mean()),
+        "mutual_information_rms": float((information - other_information).square().mean().sqrt()),
+    }
+    if truth is None:
+        return row
+    own = classification_metrics(proba.cpu().numpy(), truth.cpu().numpy())
+    theirs = classification_metrics(other.cpu().numpy(), truth.cpu().numpy())
+    for name in ("nll", "ece", "brier", "accuracy"):
+        row[name] = float(own[name])
+        row[f"{name}_difference"] = float(own[name] - theirs[name])
+    return row
+
+
+def _allowed(predictive: Mapping[str, Mapping[str, float]]) -> float:
+    return max(MAX_TOTAL_VARIATION, 2 * predictive["nuts_half"]["total_variation"])
+
+
+def _verdict(converged: Convergence, predictive: Mapping[str, Mapping[str, float]]) -> tuple[Verdict, str]:
+    allowed = _allowed(predictive)
+    noise = f"allowed {allowed:.3f}, NUTS half against half {predictive['nuts_half']['total_variation']:.4f}"
+    if not (converged.rhat < MAX_RHAT and converged.ess_bulk > MIN_ESS):
+        return "undecided", (
+            f"NUTS has not converged (R-hat {converged.rhat:.3f}, ESS {converged.ess_bulk:.0f} of the predicted "
+            "probabilities), so nothing can be said about Laplace; draw more, or warm up longer."
+        )
+    laplace = predictive["laplace"]
+    if _close(laplace, allowed):
+        return "laplace", f"Laplace predicts like NUTS: {_distance(laplace)} ({noise})."
+    refined = predictive.get("refined")
+    if refined is None:
+        return "nuts", (
+            f"Laplace does not predict like NUTS: {_distance(laplace)} ({noise}); use NUTS, or try refine()."
+        )
+    if _close(refined, allowed):
+        return "refine", (
+            f"Laplace does not predict like NUTS ({_distance(laplace)}), but the refined Gaussian does: "
+            f"{_distance(refined)} ({noise})."
+        )
+    return "nuts", (
+        f"Neither Laplace ({_distance(laplace)}) nor the refined Gaussian ({_distance(refined)}) predicts like NUTS "
+        f"({noise}); use the NUTS draws."
+    )
+
+
+def _close(row: Mapping[str, float], allowed: float) -> bool:
+    near = row["total_variation"] <= allowed
+    return near and abs(row.get("nll_difference", 0.0)) <= MAX_NLL_DIFFERENCE
+
+
+def _distance(row: Mapping[str, float]) -> str:
+    words = f"total variation {row['total_variation']:.4f}"
+    return words + (f", NLL {row['nll_difference']:+.4f}" if "nll_difference" in row else "")
+
+
+def _cams(maps: Tensor, gaussian: Laplace, draws: Draws) -> dict[str, float]:
+    """Centred CAMs: differences of mean (in NUTS sds) and of sd, each beside NUTS half against half."""
+    from bayescam.explain.cam import CamPosterior
+
+    own, reference = CamPosterior(maps, gaussian), CamPosterior(maps, draws)
+    first, second = (CamPosterior(maps, half) for half in halves(draws))
+    sd = reference.sd
+    return {
+        "mean_difference_rms": float(((own.mean - reference.mean) / sd).square().mean().sqrt()),
+        "mean_difference_rms_half": float(((first.mean - second.mean) / sd).square().mean().sqrt()),
+        "sd_ratio_median": float((sd / own.sd).median()),
+        "sd_ratio_rms": float((sd / own.sd - 1).square().mean().sqrt()),
+        "sd_ratio_rms_half": float((first.sd / second.sd - 1).square().mean().sqrt()),
+    }
+
+
+def _importance(
+    gaussians: Mapping[str, Laplace], training: tuple[Any, Any], seed: int
+) -> dict[str, dict[str, Any]]:
+    out = {}
+    for name, gaussian in gaussians.items():
+        if gaussian.structure == "diag":
+            continue
+        images = check_images(
+            *training, num_classes=gaussian.num_classes, class_weights=gaussian.class_weights
+        )
+        out[name] = asdict(importance(gaussian, images, seed=seed))
+    return out
+
+
+def _check(
+    laplace: Laplace, nuts: Nuts, features: Tensor | np.ndarray, labels: Tensor | np.ndarray | None
+) -> tuple[Tensor, Tensor | None]:
+    shape, drawn = (laplace.num_classes, laplace.num_features), tuple(nuts.draws.weight.shape[2:])
+    if drawn != shape:
+        raise ValueError(f"nuts has weights {drawn} and laplace {shape}; compare posteriors of one model")
+    phi = torch.as_tensor(features).to(laplace.weight_mean)
+    if phi.dim() != 2 or phi.shape[1] != shape[1] or len(phi) == 0:
+        raise ValueError(f"features must be (N, {shape[1]}) with N >= 1, got {tuple(phi.shape)}")
+    if labels is None:
+        return phi, None
+    truth = check_images(phi, labels, num_classes=shape[0]).labels
+    return phi, truth
+
+
+def _json_safe(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _json_safe(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_safe(inner) for inner in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value
