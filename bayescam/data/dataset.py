@@ -1,0 +1,276 @@
+"""Many radiographs: records, where their pixels come from, and ``open_dataset``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from bayescam.data.image import ImageError, read_image
+from bayescam.data.pixels import Geometry, Pixels, quantised
+from bayescam.errors import BayescamError
+from bayescam.storage import atomic_path, sha256_of
+
+Split = Literal["train", "valid", "test"]
+_CACHE_VERSION = 1
+_T = TypeVar("_T")
+
+
+class DataError(BayescamError, ValueError):
+    """A data set that is absent, empty or not what it says; the message names the path and the next step."""
+
+
+@dataclass(frozen=True)
+class Radiograph:
+    """One image of a data set.
+
+    Args:
+        obs_id: unique in the data set; for files the path below the root, with slashes.
+        label: index into the classes.
+        patient: whose it is, None where unknown.
+        path: the file, None where the source draws it.
+        study, view: of the patient.
+        split: the official part, where there is one.
+        masks: name -> mask file.
+    """
+
+    obs_id: str
+    label: int
+    patient: str | None = None
+    path: Path | None = None
+    study: str | None = None
+    view: str | None = None
+    split: Split | None = None
+    masks: Mapping[str, Path] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Where pixels come from: files, or a simulator that draws them on demand."""
+
+    def image(self, record: Radiograph) -> np.ndarray:
+        """float32 (H, W) in [0, 1]."""
+        ...
+
+    def masks(self, record: Radiograph) -> dict[str, np.ndarray]:
+        """bool (H, W) each; empty where there are none."""
+        ...
+
+    def key(self, record: Radiograph) -> str:
+        """A digest of what the image is: the same key, the same pixels."""
+        ...
+
+
+class FileSource:
+    """Pixels from files through ``read_image``."""
+
+    def image(self, record: Radiograph) -> np.ndarray:
+        return read_image(_path(record))
+
+    def masks(self, record: Radiograph) -> dict[str, np.ndarray]:
+        return {name: read_image(path) > 0.5 for name, path in record.masks.items()}
+
+    def key(self, record: Radiograph) -> str:
+        path = _path(record)
+        try:
+            return sha256_of(path)
+        except OSError as error:
+            raise ImageError(path, error.strerror or str(error)) from error
+
+
+def _path(record: Radiograph) -> Path:
+    if record.path is None:
+        raise ValueError(f"{record.obs_id} has no file; its data set needs another source")
+    return record.path
+
+
+@dataclass(frozen=True, eq=False)
+class RadiographDataset:
+    """N radiographs with labels.
+
+    Args:
+        name: of the data set.
+        classes: K names; a label is an index into them.
+        records: N.
+        root: the folder that obs_ids are relative to, None for the phantom.
+        source: where pixels come from.
+        licence: of the images, in words.
+        shareable: whether pictures of them may be passed on.
+        ignored: what was left out, and how many of each.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    records: tuple[Radiograph, ...]
+    root: Path | None = None
+    source: Source = field(default_factory=FileSource)
+    licence: str = "the user's own"
+    shareable: bool = True
+    ignored: Mapping[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __repr__(self) -> str:
+        return f"RadiographDataset({self.name!r}, images={len(self)}, classes={list(self.classes)})"
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """int64 (N,)."""
+        return np.array([record.label for record in self.records], dtype=np.int64)
+
+    @property
+    def obs_ids(self) -> list[str]:
+        return [record.obs_id for record in self.records]
+
+    @property
+    def patients(self) -> list[str | None]:
+        return [record.patient for record in self.records]
+
+    def image(self, index: int) -> np.ndarray:
+        """float32 (H, W) in [0, 1]."""
+        return self.source.image(self.records[index])
+
+    def masks(self, index: int) -> dict[str, np.ndarray]:
+        """The image's true masks by name, bool (H, W); empty where there are none."""
+        return self.source.masks(self.records[index])
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> RadiographDataset:
+        """The same data set with some of the images."""
+        return replace(self, records=tuple(self.records[int(i)] for i in indices))
+
+    @cached_property
+    def _keys(self) -> list[str]:
+        return _in_threads(self.source.key, self.records, 0, None)
+
+    def groups(self) -> list[str]:
+        """What must stay on one side of a split: the patient, else equal content; (N,)."""
+        if all(record.patient is not None for record in self.records):
+            return [str(record.patient) for record in self.records]
+        keys = self._keys
+        return [
+            f"content {key}" if record.patient is None else record.patient
+            for record, key in zip(self.records, keys, strict=True)
+        ]
+
+    def unreadable(self, *, num_workers: int = 0, progress: bool = True) -> list[ImageError]:
+        """Decode every file once and return the errors, in the data's order."""
+
+        def attempt(record: Radiograph) -> ImageError | None:
+            try:
+                read_image(_path(record))
+            except ImageError as error:
+                return error
+            return None
+
+        files = [record for record in self.records if record.path is not None]
+        found = _in_threads(attempt, files, num_workers, "checking images" if progress else None)
+        return [error for error in found if error is not None]
+
+    def pixels(self, size: int, *, num_workers: int = 0, cache: Path | None = None, progress: bool = True) -> Pixels:
+        """All images letterboxed to (S, S), from the cache where the same content was made before.
+
+        Args:
+            size: S.
+            num_workers: threads that decode; 0 takes one a core.
+            cache: folder of decoded images; None takes ``cache_folder()``.
+            progress: show a bar.
+
+        Raises:
+            ImageError: the first unreadable image.
+        """
+        digest = hashlib.sha256(f"{_CACHE_VERSION} {size}".encode())
+        for key in self._keys:
+            digest.update(key.encode())
+        folder = (cache_folder() if cache is None else cache) / "pixels" / digest.hexdigest()[:32]
+        if (folder / "geometry.npy").is_file() and (folder / "images.npy").is_file():
+            images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+            geometry = np.load(folder / "geometry.npy", allow_pickle=False)
+            if images.shape == (len(self), size, size) and len(geometry) == len(self):
+                return Pixels(images, tuple(Geometry(*map(int, row)) for row in geometry))
+        return self._decoded(size, num_workers, folder, progress)
+
+    def _decoded(self, size: int, num_workers: int, folder: Path, progress: bool) -> Pixels:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / "images.npy") as temporary:
+            shape = (len(self), size, size)
+            images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint16, shape=shape)
+
+            def fill(index: int) -> Geometry:
+                image = self.image(index)
+                geometry = Geometry.fit(image.shape[0], image.shape[1], size)
+                images[index] = quantised(geometry.to_square(image))
+                return geometry
+
+            geometries = _in_threads(fill, range(len(self)), num_workers, "reading images" if progress else None)
+            images.flush()
+        rows = np.array(
+            [[g.height, g.width, g.size, g.scaled_height, g.scaled_width, g.top, g.left] for g in geometries]
+        )
+        with atomic_path(folder / "geometry.npy") as temporary, temporary.open("wb") as stream:
+            np.save(stream, rows, allow_pickle=False)
+        kept = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+        return Pixels(kept, tuple(geometries))
+
+
+def _in_threads(work: Callable[..., _T], items: Sequence, num_workers: int, description: str | None) -> list[_T]:
+    """Map in order over threads: decoding and resizing release the interpreter's lock."""
+    workers = num_workers or os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:
+        results = pool.map(work, items)
+        bar = tqdm(results, total=len(items), desc=description, unit="image", disable=None if description else True)
+        return list(bar)
+
+
+def cache_folder() -> Path:
+    """``$BAYESCAM_CACHE``, or ``bayescam`` in the platform's folder for a user's caches; safe to delete."""
+    chosen = os.environ.get("BAYESCAM_CACHE")
+    if chosen:
+        return Path(chosen)
+    if os.name == "nt":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "bayescam"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bayescam"
+
+
+def open_dataset(
+    spec: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None, num: int | None = None, seed: int = 0
+) -> RadiographDataset:
+    """Open radiographs by name or place.
+
+    Args:
+        spec: "phantom" (simulated here), "mednist" or "mura" (at ``root``), a folder of class folders, or a
+            manifest.csv (path,label[,patient][,study][,split]).
+        root: where mednist or mura lies; for a manifest, what its paths are relative to (default: its own folder).
+        num, seed: of the phantom alone: how many images, and which.
+
+    Raises:
+        DataError: absent, empty, fewer than two classes; the message names the path and the next step.
+    """
+    name = os.fspath(spec)
+    if name == "phantom":
+        from bayescam.data.phantom.dataset import phantom_dataset
+
+        return phantom_dataset(3000 if num is None else num, seed)
+    if name == "mednist":
+        from bayescam.data.mednist import open_mednist
+
+        return open_mednist(None if root is None else Path(root))
+    if name == "mura":
+        from bayescam.data.mura import open_mura
+
+        return open_mura(None if root is None else Path(root))
+    place = Path(name)
+    if place.suffix.lower() == ".csv":
+        from bayescam.data.manifest import open_manifest
+
+        return open_manifest(place, root=None if root is None else Path(root))
+    from bayescam.data.folder import open_folder
+
+    return open_folder(place)
