@@ -6,7 +6,9 @@ widths follow the averages of anatomy textbooks; each bone varies with the patie
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -52,8 +54,8 @@ class Frame:
         return Frame(self.rotation @ rotation, self.rotation @ shift + self.shift)
 
 
-def upper_limb(patient: Patient, pose: Pose, *, trunk: bool) -> tuple[Body, dict[str, Frame]]:
-    """The right upper limb, with the ``trunk`` or without, and the frames of its segments.
+def upper_limb(patient: Patient, pose: Pose, segments: Collection[str]) -> tuple[Body, dict[str, Frame]]:
+    """Those ``segments`` ("trunk", "humerus", "forearm", "hand") of the right upper limb, and the frames of all.
 
     The body's own frame has the humeral head at the origin; segments are "humerus", "forearm", "hand" and, for each
     finger, "<finger> 0" (the metacarpal) and so on to the tip.
@@ -62,17 +64,18 @@ def upper_limb(patient: Patient, pose: Pose, *, trunk: bool) -> tuple[Body, dict
     forearm = humerus.then(turn("x", pose.elbow), ELBOW_AT)
     hand = forearm.then(turn("z", pose.wrist_deviation) @ turn("x", pose.wrist_flexion), WRIST_AT)
     frames = {"trunk": Frame(np.eye(3), np.zeros(3)), "humerus": humerus, "forearm": forearm, "hand": hand}
-    bodies = [_shoulder(patient)] if trunk else []
-    bodies.append(_upper_arm(patient).moved(humerus.rotation, humerus.shift))
-    bodies.append(_forearm(patient).moved(forearm.rotation, forearm.shift))
-    bodies.append(_wrist(patient).moved(hand.rotation, hand.shift))
-    for index, name in enumerate(FINGERS):
+    build = {"trunk": _shoulder, "humerus": _upper_arm, "forearm": _forearm, "hand": _wrist}
+    bodies = [
+        build[name](patient).moved(frames[name].rotation, frames[name].shift) for name in build if name in segments
+    ]
+    for index, name in enumerate(FINGERS if "hand" in segments else ()):
         for segment, (part, frame) in enumerate(_ray(patient, name, pose.fingers[index], pose.splay, hand)):
             bodies.append(part.moved(frame.rotation, frame.shift))
             frames[f"{name} {segment}"] = frame
     return join(bodies), frames
 
 
+@lru_cache(maxsize=4)
 def _shoulder(patient: Patient) -> Body:
     home = "shoulder"
     glenoid = patient.proportion[0]
@@ -123,6 +126,7 @@ def _rib(k: int) -> list[Rod]:
     ]
 
 
+@lru_cache(maxsize=4)
 def _upper_arm(patient: Patient) -> Body:
     wide = patient.proportion[1]
     rods = [
@@ -155,6 +159,7 @@ def _upper_arm(patient: Patient) -> Body:
     return body([bone("humerus", rods, density=patient.density)], tissue, plates=plates, joints=joints)
 
 
+@lru_cache(maxsize=4)
 def _forearm(patient: Patient) -> Body:
     wide = patient.proportion[2]
     ulna = [
@@ -205,6 +210,7 @@ CARPALS: dict[str, tuple[tuple[Point, float, Point, float], ...]] = {
 }
 
 
+@lru_cache(maxsize=4)
 def _wrist(patient: Patient) -> Body:
     ripe = 1.0 if not patient.growing else float(np.clip(0.45 + 0.045 * patient.age, 0.5, 1.0))
     bones = []
@@ -236,6 +242,7 @@ def _ray(patient: Patient, name: str, flexion: float, splay: float, hand: Frame)
     return placed
 
 
+@lru_cache(maxsize=64)
 def _tubular(patient: Patient, finger: str, index: int, last: bool, length: float, wide: float) -> Body:
     """A metacarpal (index 0) or phalanx along y from 0 to ``length``, with the joint at its base."""
     home = "hand" if index == 0 else "finger"

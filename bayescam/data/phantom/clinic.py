@@ -39,6 +39,16 @@ FIELD = {
     "foot": (290.0, 0.05),
     "knee": (230.0, 0.07),
 }
+# segments that can come into the picture
+REACH = {
+    "shoulder": ("trunk", "humerus", "forearm"),
+    "humerus": ("trunk", "humerus", "forearm"),
+    "elbow": ("humerus", "forearm"),
+    "forearm": ("humerus", "forearm", "hand"),
+    "wrist": ("forearm", "hand"),
+    "hand": ("forearm", "hand"),
+    "finger": ("hand",),
+}
 CORNERS = ((-1, -1), (1, -1), (-1, 1), (1, 1))
 
 
@@ -190,7 +200,7 @@ def posed(patient: Patient, exam: Examination) -> Body:
     """The part in camera coordinates: mm, x right, y down, rays along z, the origin in the picture's centre."""
     if exam.part in OTHER_PARTS:
         return _posed_leg(patient, exam)
-    limb, frames = upper_limb(patient, exam.pose, trunk=exam.part in ("humerus", "shoulder"))
+    limb, frames = upper_limb(patient, exam.pose, REACH[exam.part])
     frame, pivot = {
         "shoulder": ("trunk", (-26.0, 30.0, 0.0)),
         "humerus": ("humerus", (6.0, 152.0, 0.0)),

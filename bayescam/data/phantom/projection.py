@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bayescam.data.phantom.skeleton import Body, Bone
-from bayescam.data.phantom.solids import Array, Solids, intervals, stack, union_length
+from bayescam.data.phantom.solids import NOWHERE, Array, Rays, Solids, stack, union_length
 
 VISIBLE = 0.3  # mm of bone from which a pixel belongs to its mask
 
@@ -38,6 +39,12 @@ class Canvas:
         top, bottom = np.searchsorted(self.y, [box[1], box[3]])
         return (slice(top, bottom), slice(left, right)) if left < right and top < bottom else None
 
+    def touched(self, boxes: Array) -> NDArray[np.bool_]:
+        """Which boxes (n, 4) reach into the picture."""
+        return (
+            (boxes[:, 0] < self.x[-1]) & (boxes[:, 2] > self.x[0]) & (boxes[:, 1] < self.y[-1]) & (boxes[:, 3] > self.y[0])
+        )
+
     def inside(self, box: tuple[float, float, float, float]) -> NDArray[np.bool_]:
         """The pixels (H, W) of a rectangle (x0, y0, x1, y1) in mm."""
         columns, rows = (self.x >= box[0]) & (self.x <= box[2]), (self.y >= box[1]) & (self.y <= box[3])
@@ -52,25 +59,37 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Shadow:
-    """Maps (H, W): mm of ``cortical`` and ``spongy`` bone, of all bone organs (``occupied``), ``envelope``, ``air``; masks."""
+    """Maps (H, W) in mm: ``cortical`` and ``spongy`` bone, whole bones (``occupied``), ``tissue`` envelope, ``air``; masks."""
 
     cortical: Array
     spongy: Array
     occupied: Array
-    envelope: Array
+    tissue: Array
     air: Array
     joint: NDArray[np.bool_]
     evidence: NDArray[np.bool_]
+
+    @property
+    def envelope(self) -> Array:
+        """Everything that is the patient: tissue and bones."""
+        return np.maximum(self.tissue, self.occupied)
 
 
 def project(body: Body, canvas: Canvas, part: str, without: tuple[str, ...] = ()) -> Shadow:
     """The shadow of ``body``, less the bones named in ``without``; evidence is what is at home in ``part``."""
     cortical, spongy, occupied = (np.zeros(canvas.shape, np.float32) for _ in range(3))
     joint, evidence = (np.zeros(canvas.shape, bool) for _ in range(2))
-    for one in body.bones:
-        if one.name in without:
-            continue
-        _add_bone(one, canvas, part, cortical, spongy, occupied, evidence)
+    bones = [one for one in body.bones if one.name not in without]
+    if bones:
+        everything = stack([one.solids for one in bones])
+        rays, boxes = Rays.of(everything), everything.boxes()
+        seen = canvas.touched(boxes)
+        at = 0
+        for one in bones:
+            rows, at = np.arange(at, at + len(one.solids)), at + len(one.solids)
+            outer = rows[: len(one.homes)][seen[rows[: len(one.homes)]]]
+            if len(outer):
+                _add_bone(one, outer - rows[0], rays, boxes, rows[0], canvas, part, (cortical, spongy, occupied), evidence)
     if body.plates is not None:
         cut = np.minimum(chords(body.plates, canvas), occupied) / np.maximum(occupied, 1e-3)
         cortical *= 1 - cut
@@ -80,59 +99,67 @@ def project(body: Body, canvas: Canvas, part: str, without: tuple[str, ...] = ()
         joint |= disc
         if ball.home == part:
             evidence |= disc
-    envelope = np.maximum(filled(body.tissue, canvas), occupied)
-    air = np.minimum(chords(body.air, canvas), np.maximum(envelope - occupied, 0)) if body.air is not None else 0 * envelope
-    return Shadow(cortical, spongy, occupied, envelope, air, joint, evidence)
+    tissue = filled(body.tissue, canvas)
+    lung = np.zeros(canvas.shape, np.float32) if body.air is None else chords(body.air, canvas)
+    air = np.minimum(lung, np.maximum(tissue - occupied, 0))
+    return Shadow(cortical, spongy, occupied, tissue, air, joint, evidence)
 
 
 def _add_bone(
-    one: Bone, canvas: Canvas, part: str, cortical: Array, spongy: Array, occupied: Array, evidence: NDArray[np.bool_]
+    one: Bone,
+    chosen: NDArray[np.integer],
+    rays: Rays,
+    boxes: Array,
+    first: int,
+    canvas: Canvas,
+    part: str,
+    maps: tuple[Array, Array, Array],
+    evidence: NDArray[np.bool_],
 ) -> None:
-    boxes = one.outer.boxes()
-    seen = (boxes[:, 0] < canvas.x[-1]) & (boxes[:, 2] > canvas.x[0]) & (boxes[:, 1] < canvas.y[-1]) & (boxes[:, 3] > canvas.y[0])
-    if not seen.any():
-        return
-    boxes = boxes[seen]
-    view = canvas.window(np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)]))
+    """Add the ``chosen`` solids of a bone, whose rows in ``rays`` and ``boxes`` begin at ``first``."""
+    box = boxes[first + chosen]
+    view = canvas.window(np.concatenate([box[:, :2].min(axis=0), box[:, 2:].max(axis=0)]))
     if view is None:
         return
-    count = int(seen.sum())
-    both = stack([one.outer[seen], one.inner[seen]])
-    low, high = intervals(both, canvas.x[view[1]], canvas.y[view[0]])
+    count = len(chosen)
+    rows = first + np.concatenate([chosen, chosen + len(one.homes)])
+    low, high = rays[rows].intervals(canvas.x[view[1]], canvas.y[view[0]])
     outside = union_length(low[:count], high[:count])
     within = union_length(low[count:], high[count:])
-    held = high[count:] - low[count:]
-    share = one.spongy[seen].astype(np.float32)
-    fraction = np.einsum("n,nhw->hw", share, held) / np.maximum(held.sum(axis=0), 1e-3)
+    length = high - low
+    share = one.spongy[chosen].astype(np.float32)
+    fraction = np.einsum("n,nhw->hw", share, length[count:]) / np.maximum(length[count:].sum(axis=0), 1e-3)
+    cortical, spongy, occupied = maps
     cortical[view] += np.maximum(outside - within, 0)
     spongy[view] += within * fraction
     occupied[view] += outside
-    home = np.array([h == part for h in one.homes])[seen]
-    if home.any():
-        evidence[view] |= (high[:count][home] - low[:count][home] > VISIBLE).any(axis=0)
+    home = [k for k, row in enumerate(chosen) if one.homes[row] == part]
+    if home:
+        evidence[view] |= (length[home] > VISIBLE).any(axis=0)
 
 
 def chords(solids: Solids, canvas: Canvas) -> Array:
     """The sum (H, W) of the chord lengths in mm, each solid on its own box."""
     total = np.zeros(canvas.shape, np.float32)
-    for row, box in enumerate(solids.boxes()):
-        view = canvas.window(box)
-        if view is not None:
-            low, high = intervals(solids[row : row + 1], canvas.x[view[1]], canvas.y[view[0]])
-            total[view] += (high - low)[0]
+    for view, low, high in _each(solids, canvas):
+        total[view] += high - low
     return total
 
 
 def filled(solids: Solids, canvas: Canvas) -> Array:
     """From the first entry to the last exit (H, W) in mm: the solids with what lies between them."""
-    first = np.full(canvas.shape, np.inf, np.float32)
-    last = np.full(canvas.shape, -np.inf, np.float32)
-    for row, box in enumerate(solids.boxes()):
-        view = canvas.window(box)
-        if view is None:
-            continue
-        low, high = intervals(solids[row : row + 1], canvas.x[view[1]], canvas.y[view[0]])
-        hit = high[0] > low[0]
-        first[view] = np.where(hit, np.minimum(first[view], low[0]), first[view])
-        last[view] = np.where(hit, np.maximum(last[view], high[0]), last[view])
+    first = np.full(canvas.shape, NOWHERE, np.float32)
+    last = np.full(canvas.shape, -NOWHERE, np.float32)
+    for view, low, high in _each(solids, canvas):
+        np.minimum(first[view], low, out=first[view])
+        np.maximum(last[view], np.where(high > low, high, -NOWHERE), out=last[view])
     return np.where(last > first, last - first, 0).astype(np.float32)
+
+
+def _each(solids: Solids, canvas: Canvas) -> Iterator[tuple[tuple[slice, slice], Array, Array]]:
+    rays, boxes = Rays.of(solids), solids.boxes()
+    for row in np.flatnonzero(canvas.touched(boxes)):
+        view = canvas.window(boxes[row])
+        if view is not None:
+            low, high = rays[row : row + 1].intervals(canvas.x[view[1]], canvas.y[view[0]])
+            yield view, low[0], high[0]

@@ -13,7 +13,7 @@ from bayescam.data.phantom.accessories import cast_thickness, hardware_solids, m
 from bayescam.data.phantom.clinic import Examination, posed
 from bayescam.data.phantom.patient import Patient, draw_patient
 from bayescam.data.phantom.physics import detected, optical_density, transmission, windowed, with_scatter
-from bayescam.data.phantom.projection import Canvas, Shadow, chords, filled, project
+from bayescam.data.phantom.projection import Canvas, Shadow, chords, project
 from bayescam.data.phantom.roster import Case, Dials, exam_of, roster
 from bayescam.data.phantom.solids import Array
 
@@ -78,7 +78,7 @@ def _thickness(
     masks = {
         "bone": shadow.occupied > 0.3,
         "joint": shadow.joint,
-        "soft_tissue": filled(whole.tissue, canvas) > 0.5,
+        "soft_tissue": shadow.tissue > 0.5,
         "evidence": shadow.evidence & field,
         "marker": extra["lead"] > 0.1 if "lead" in extra else nothing,
         "hardware": extra[exam.hardware] > 0.1 if exam.hardware in extra else nothing,

@@ -43,30 +43,32 @@ def solids(rods: Sequence[Rod]) -> Solids:
 
 @dataclass(frozen=True)
 class Bone:
-    """One bone: the union of ``outer``, a cortical shell around ``inner``, both (n,), with homes and inner bone fractions."""
+    """One bone: the union of n outer solids, a cortical shell around the union of n inner ones.
+
+    ``solids`` (2n) are the outer, then the inner; ``homes`` and the inner bone fraction ``spongy`` have length n.
+    """
 
     name: str
-    outer: Solids
-    inner: Solids
+    solids: Solids
     homes: tuple[str, ...]
     spongy: Array
 
+    @property
+    def outer(self) -> Solids:
+        """The n outer solids."""
+        return self.solids[: len(self.homes)]
+
     def moved(self, rotation: Array, shift: Array, scale: float = 1.0) -> Bone:
         """The image under x -> scale * rotation x + shift."""
-        return Bone(
-            self.name,
-            self.outer.moved(rotation, shift, scale),
-            self.inner.moved(rotation, shift, scale),
-            self.homes,
-            self.spongy,
-        )
+        return Bone(self.name, self.solids.moved(rotation, shift, scale), self.homes, self.spongy)
 
 
 def bone(name: str, rods: Sequence[Rod], *, density: float = 1.0) -> Bone:
     """A bone of ``rods``; ``density`` thins its cortex and its spongiosa."""
     outer = solids(rods)
     depth = np.array([r.cortex * (0.4 + 0.6 * density) for r in rods])
-    return Bone(name, outer, outer.shrunk(depth), tuple(r.home for r in rods), np.array([r.spongy * density for r in rods]))
+    both = stack([outer, outer.shrunk(depth)])
+    return Bone(name, both, tuple(r.home for r in rods), np.array([r.spongy * density for r in rods]))
 
 
 @dataclass(frozen=True)

@@ -78,109 +78,114 @@ def stack(parts: Sequence[Solids]) -> Solids:
     )
 
 
-def intervals(solids: Solids, x: Array, y: Array) -> tuple[Array, Array]:
-    """Where the rays through (x, y) enter and leave each solid: two arrays (n, H, W) in mm, float32.
+@dataclass(frozen=True)
+class Rays:
+    """What n solids are to rays along z: ``plane`` (3, n, 3) coefficients of (x, y, 1) for u, w and depth, (n,) the rest.
 
-    In coordinates with the ray along the third axis and the solid's lateral axis along the first, the lateral distance of
-    the ray from c(t) leaves q(t) = (r0 + k t)^2 - (u - v1 t)^2 - w^2 = Q - a (t - m)^2 with a = v1^2 - k^2,
-    m = (r0 k + u v1) / a, Q = r0^2 - u^2 - w^2 + a m^2. The exit is the maximum over t of v3 t + sqrt(q(t)), reached at
-    t = m + v3 sqrt(Q / (a (a + v3^2))) clipped to [0, 1]; the entry likewise with the minus sign. Rays that miss get the
-    empty interval at ``NOWHERE``.
-
-    Args:
-        solids: n solids.
-        x: (W,) pixel centres in mm.
-        y: (H,) pixel centres in mm.
+    u and w are lateral coordinates in the metric, u along the solid's axis (v1, 0, v3); k is the slope of the radius,
+    ``stretch`` the metric's length of a millimetre along the ray.
     """
-    lateral, across, depth, v1, v3, slope = _ray_coordinates(solids)
-    a = v1**2 - slope**2
-    ball = np.hypot(v1, v3) + np.abs(slope) < _TINY
-    end_on = ~ball & (a <= 1e-6 * v3**2)
-    regular = ~(ball | end_on)
-    a = np.where(regular, a, 1.0)
-    last = np.where(regular, 1.0, 0.0)
-    v1, v3, slope = (np.where(regular, value, 0.0) for value in (v1, v3, slope))
-    column = lambda value: np.asarray(value, np.float32)[:, None, None]  # noqa: E731
-    u, w, shift = (_plane(rows, x, y) for rows in (lateral, across, depth))
-    r0 = column(solids.radius_start)
-    middle = (r0 * column(slope) + u * column(v1)) / column(a)
-    peak = r0 * r0 - u * u - w * w + column(a) * middle * middle
-    hit = peak > 0
-    root = np.sqrt(np.maximum(peak, 0, out=peak))
-    half = root / np.sqrt(column(a))
-    hit &= (middle + half >= 0) & (middle - half <= column(last))
-    step = root * column(v3 / np.sqrt(a * (a + v3**2)))
-    low, high = (
-        _surface(np.clip(middle + sign * step, 0, column(last)), sign, middle, root, column(a), column(v3))
-        for sign in (-1.0, 1.0)
-    )
-    for row in np.flatnonzero(end_on):
-        low[row], high[row], hit[row] = _end_on(solids, row, u[row], w[row])
-    stretch = column(np.linalg.norm(solids.metric[:, :, 2], axis=1))
-    low, high = (low - shift) / stretch, (high - shift) / stretch
-    return np.where(hit, low, NOWHERE), np.where(hit, np.maximum(high, low), NOWHERE)
+
+    plane: Array
+    v1: Array
+    v3: Array
+    radius: Array
+    slope: Array
+    stretch: Array
+
+    @classmethod
+    def of(cls, solids: Solids) -> Rays:
+        """The ray coordinates of ``solids``, for all of them at once."""
+        metric = solids.metric
+        stretch = np.sqrt((metric[:, :, 2] ** 2).sum(axis=1))
+        along = metric[:, :, 2] / stretch[:, None]
+        axis = (metric @ (solids.end - solids.start)[:, :, None])[:, :, 0]
+        v3 = (axis * along).sum(axis=1)
+        side = axis - v3[:, None] * along
+        v1 = np.sqrt((side * side).sum(axis=1))
+        other = np.cross(along, np.where(np.abs(along[:, :1]) < 0.6, [[1.0, 0, 0]], [[0, 1.0, 0]]))
+        side = np.where((v1 > _TINY)[:, None], side, other)
+        side = side / np.sqrt((side * side).sum(axis=1))[:, None]
+        rows = np.stack([side, np.cross(along, side), along], axis=1) @ metric
+        rows[:, :, 2] = -(rows @ solids.start[:, :, None])[:, :, 0]
+        return cls(rows.swapaxes(0, 1), v1, v3, solids.radius_start, solids.radius_end - solids.radius_start, stretch)
+
+    def __getitem__(self, rows: slice | Array) -> Rays:
+        return Rays(
+            self.plane[:, rows], self.v1[rows], self.v3[rows], self.radius[rows], self.slope[rows], self.stretch[rows]
+        )
+
+    def intervals(self, x: Array, y: Array) -> tuple[Array, Array]:
+        """Where the rays through (x, y) enter and leave each solid: two arrays (n, H, W) in mm, float32.
+
+        The lateral distance of the ray from c(t) leaves q(t) = (r0 + k t)^2 - (u - v1 t)^2 - w^2 = Q - a (t - m)^2 with
+        a = v1^2 - k^2, m = (r0 k + u v1) / a, Q = r0^2 - u^2 - w^2 + a m^2. The exit is the maximum over t of
+        v3 t + sqrt(q(t)), reached at t = m + v3 sqrt(Q / (a (a + v3^2))) clipped to [0, 1]; the entry likewise with the
+        minus sign. Rays that miss get the empty interval at ``NOWHERE``.
+
+        Args:
+            x: (W,) pixel centres in mm.
+            y: (H,) pixel centres in mm.
+        """
+        a = self.v1**2 - self.slope**2
+        ball = self.v1**2 + self.v3**2 + self.slope**2 < _TINY
+        end_on = ~ball & (a <= 1e-6 * self.v3**2 + _TINY)
+        regular = ~(ball | end_on)
+        a, v1, v3, k = (np.where(regular, value, rest) for value, rest in ((a, 1), (self.v1, 0), (self.v3, 0), (self.slope, 0)))
+        u, w, depth = _planes(self.plane, x, y)
+        peak = _column(self.radius**2) - u * u - w * w
+        middle = u * _column(v1 / a) + _column(self.radius * k / a)
+        a_, last, v3_ = _column(a), _column(regular), _column(v3)
+        peak += a_ * (middle * middle)
+        root = np.sqrt(np.maximum(peak, 0))
+        half = root * _column(1 / np.sqrt(a))
+        hit = (peak > 0) & (middle + half >= 0) & (middle - half <= last)
+        step = root * _column(v3 / np.sqrt(a * (a + v3**2)))
+        ends = []
+        for sign in (-1.0, 1.0):
+            t = np.clip(middle - step if sign < 0 else middle + step, 0, last)
+            inside = np.maximum(peak - a_ * (t - middle) ** 2, 0)
+            ends.append(v3_ * t - np.sqrt(inside) if sign < 0 else v3_ * t + np.sqrt(inside))
+        low, high = ends
+        for row in np.flatnonzero(end_on):
+            low[row], high[row], hit[row] = self._end_on(row, u[row], w[row])
+        scale = _column(1 / self.stretch)
+        low, high = (low - depth) * scale, (high - depth) * scale
+        return np.where(hit, low, NOWHERE), np.where(hit, np.maximum(high, low), NOWHERE)
+
+    def _end_on(self, row: int, u: Array, w: Array) -> tuple[Array, Array, Array]:
+        """Entry, exit and hit (H, W) of one solid seen along its axis, one disc inside the other.
+
+        The extremes of v3 t -+ sqrt(q(t)) are then at t = 0, t = 1 or where the derivative vanishes; q is linear or convex.
+        """
+        v1, v3, r0, slope = (float(value[row]) for value in (self.v1, self.v3, self.radius, self.slope))
+        b, c, curvature = r0 * slope + u * v1, r0**2 - u * u - w * w, slope**2 - v1**2
+        stationary = [np.zeros_like(u), np.ones_like(u)]
+        if v3**2 > curvature > _TINY:
+            reach = np.sqrt(np.maximum(b * b - curvature * c, 0) / (v3**2 - curvature)) * abs(v3)
+            stationary += [np.clip((sign * reach - b) / curvature, 0, 1) for sign in (-1.0, 1.0)]
+        elif curvature <= _TINY:
+            safe = np.where(np.abs(b) > _TINY, b, 1.0)
+            stationary.append(np.clip(np.where(np.abs(b) > _TINY, ((b / v3) ** 2 - c) / (2 * safe), 0.0), 0, 1))
+        low, high = np.full_like(u, np.inf), np.full_like(u, -np.inf)
+        for t in stationary:
+            q = curvature * t * t + 2 * b * t + c
+            root = np.sqrt(np.maximum(q, 0))
+            low = np.where(q >= 0, np.minimum(low, v3 * t - root), low)
+            high = np.where(q >= 0, np.maximum(high, v3 * t + root), high)
+        hit = high > low
+        return np.where(hit, low, 0.0), np.where(hit, high, 0.0), hit
 
 
-def _ray_coordinates(solids: Solids) -> tuple[Array, Array, Array, Array, Array, Array]:
-    """Rows (n, 3) = coefficients of x, y, 1 for u, w and depth; the axis (v1, 0, v3); the radius slope."""
-    along = solids.metric[:, :, 2] / np.linalg.norm(solids.metric[:, :, 2], axis=1)[:, None]
-    axis = np.einsum("nij,nj->ni", solids.metric, solids.end - solids.start)
-    v3 = np.einsum("ni,ni->n", axis, along)
-    side = axis - v3[:, None] * along
-    v1 = np.linalg.norm(side, axis=1)
-    fallback = np.cross(along, np.where(np.abs(along[:, :1]) < 0.6, [[1.0, 0, 0]], [[0, 1.0, 0]]))
-    side = np.where((v1 > _TINY)[:, None], side, fallback)
-    side = side / np.linalg.norm(side, axis=1)[:, None]
-    basis = np.stack([side, np.cross(along, side), along], axis=1)
-    rows = basis @ solids.metric
-    offset = -np.einsum("nij,nj->ni", rows, solids.start)
-    u, w, depth = (np.stack([rows[:, i, 0], rows[:, i, 1], offset[:, i]], axis=1) for i in range(3))
-    return u, w, depth, v1, v3, solids.radius_end - solids.radius_start
+def _column(values: Array) -> Array:
+    return np.asarray(values, np.float32)[:, None, None]
 
 
-def _plane(rows: Array, x: Array, y: Array) -> Array:
-    rows = rows.astype(np.float32)
-    return (rows[:, 0, None] * x.astype(np.float32) + rows[:, 2, None])[:, None, :] + (
-        rows[:, 1, None] * y.astype(np.float32)
-    )[:, :, None]
-
-
-def _surface(t: Array, sign: float, middle: Array, root: Array, a: Array, v3: Array) -> Array:
-    inside = root * root - a * (t - middle) ** 2
-    return v3 * t + np.float32(sign) * np.sqrt(np.maximum(inside, 0))
-
-
-def _end_on(solids: Solids, row: int, u: Array, w: Array) -> tuple[Array, Array, Array]:
-    """Entry, exit and hit (H, W) of one solid seen along its axis, one disc inside the other: the hull of both balls.
-
-    Where only the larger disc is hit the larger ball is the hull; where both are, its cone is between them: the slope of
-    the depth is linear in the distance from the axis, so the extremes are those of t in {0, 1} and of the cone's tangent.
-    """
-    along = solids.metric[row, :, 2] / np.linalg.norm(solids.metric[row, :, 2])
-    axis = solids.metric[row] @ (solids.end[row] - solids.start[row])
-    v3 = float(axis @ along)
-    v1 = float(np.linalg.norm(axis - v3 * along))
-    r0 = float(solids.radius_start[row])
-    slope = float(solids.radius_end[row]) - r0
-    b = r0 * slope + u * v1
-    c = r0**2 - u * u - w * w
-    curvature = slope**2 - v1**2
-    stationary = [np.zeros_like(u), np.ones_like(u)]
-    if v3**2 > curvature > _TINY:
-        reach = np.sqrt(np.maximum(b * b - curvature * c, 0) / (v3**2 - curvature)) * abs(v3)
-        stationary += [np.clip((sign * reach - b) / curvature, 0, 1) for sign in (-1.0, 1.0)]
-    elif curvature <= _TINY:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            t = np.where(np.abs(b) > _TINY, ((b / v3) ** 2 - c) / (2 * b), 0.0)
-        stationary.append(np.clip(t, 0, 1))
-    low, high = np.full_like(u, np.inf), np.full_like(u, -np.inf)
-    for t in stationary:
-        q = curvature * t * t + 2 * b * t + c
-        root = np.sqrt(np.maximum(q, 0))
-        low = np.where(q >= 0, np.minimum(low, v3 * t - root), low)
-        high = np.where(q >= 0, np.maximum(high, v3 * t + root), high)
-    hit = high > low
-    return np.where(hit, low, 0.0), np.where(hit, high, 0.0), hit
+def _planes(plane: Array, x: Array, y: Array) -> Array:
+    coefficient = plane.astype(np.float32)
+    across = coefficient[:, :, 0, None] * x.astype(np.float32) + coefficient[:, :, 2, None]
+    down = coefficient[:, :, 1, None] * y.astype(np.float32)
+    return across[:, :, None, :] + down[:, :, :, None]
 
 
 def union_length(low: Array, high: Array) -> Array:
