@@ -41,7 +41,7 @@ def sheet(parts: tuple[str, ...], patients: int, size: int, seed: int, difficult
     for row, part in enumerate(parts):
         seen: set[int] = set()
         dials = Dials(size=size, parts=(part,), difficulty=difficulty)
-        for drawn in simulate(20 * patients, seed, dials):
+        for drawn in simulate(20 * patients, seed + row, dials):
             if drawn.case.patient in seen or len(seen) == patients:
                 continue
             top, left = row * (size + label) + label, len(seen) * (2 * size + 3 * pad)

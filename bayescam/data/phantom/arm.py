@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -21,7 +22,7 @@ WRIST_AT = np.array([6.0, 251.0, 0.0])  # in the forearm frame
 FINGERS = ("thumb", "index", "middle", "ring", "little")
 # metacarpal base (x, y, z), its fan angle in degrees, lengths of metacarpal and phalanges (the thumb has two), breadth
 RAYS: dict[str, tuple[Point, float, tuple[float, ...], float]] = {
-    "thumb": ((23.0, 27.0, 7.0), 40.0, (45.0, 32.0, 23.0), 1.1),
+    "thumb": ((24.0, 27.0, 7.0), 33.0, (45.0, 32.0, 23.0), 1.1),
     "index": ((12.0, 32.0, 0.0), 8.0, (67.0, 41.0, 24.0, 17.0), 1.0),
     "middle": ((2.5, 33.0, 0.0), 1.0, (64.0, 45.0, 28.0, 18.0), 1.03),
     "ring": ((-7.0, 32.0, 0.0), -6.0, (57.0, 42.0, 27.0, 18.0), 0.95),
@@ -84,7 +85,7 @@ def _shoulder(patient: Patient) -> Body:
         Rod(home, (-34, 2, -3), 13 * glenoid, (-48, 6, -5), 10, 1.2, 0.25, (1, 1, 0.7)),
         Rod(home, (-38, 16, -4), 7, (-68, 112, -14), 5, 2.0, 0.15),
         Rod(home, (-104, -18, -16), 3, (-71, 114, -15), 3.5, 1.2, 0.15),
-        Rod(home, (-76, 38, -14), 28, (-72, 70, -14), 18, 0.9, 0.0, (1, 1, 0.055)),
+        Rod(home, (-74, 16, -14), 31, (-71, 104, -14), 6, 0.8, 0.0, (1, 1, 0.05)),
         Rod(home, (-48, -14, -8), 4, (-102, -22, -15), 4, 1.2, 0.15),
     ]
     spine = [
@@ -118,12 +119,11 @@ def _shoulder(patient: Patient) -> Body:
 
 def _rib(k: int) -> list[Rod]:
     y = -14 + 34 * k
-    reach = -92 - 9 * abs(k - 4)
-    return [
-        Rod("shoulder", (-200, y - 20, -34), 4.5, (reach - 16, y + 2, -30), 4.5, 1.0, 0.2),
-        Rod("shoulder", (reach - 16, y + 2, -30), 4.5, (reach, y + 22, 0), 4.5, 1.0, 0.2),
-        Rod("shoulder", (reach, y + 22, 0), 4.5, (-150, y + 58, 44), 4.5, 0.8, 0.15),
-    ]
+    reach = 62 - 7 * abs(k - 4)
+    angle = np.radians(np.linspace(-85, 75, 7))
+    path = np.stack([-150 + reach * np.cos(angle), y + np.linspace(-8, 62, 7), 58 * np.sin(angle)], axis=1)
+    points: list[Point] = [(float(a), float(b), float(c)) for a, b, c in path]
+    return [Rod("shoulder", a, 4.3, b, 4.3, 1.0, 0.15) for a, b in pairwise(points)]
 
 
 @lru_cache(maxsize=4)
@@ -178,6 +178,7 @@ def _forearm(patient: Patient) -> Body:
         Rod("forearm", (14, 32, 2), 7.2 * wide, (19, 118, 0), 7.6 * wide, 2.9, 0.04),
         Rod("forearm", (19, 116, 0), 7.6 * wide, (15, 210, 0), 7.6 * wide, 2.9, 0.05),
         Rod("wrist", (15, 206, 0), 7.8, (15.5, 239, 0), 9, 1.5, 0.25),
+        Rod("wrist", (14, 208, 0), 7.6, (9, 240, 0), 8.6, 1.4, 0.25),
         Rod("wrist", (14, 208, 0), 7.6, (2, 239, 0), 8.5, 1.4, 0.25),
         Rod("wrist", (18, 238, 0), 7, (22, 250, 0), 3.8, 1.1, 0.25),
     ]
@@ -199,14 +200,14 @@ def _forearm(patient: Patient) -> Body:
 
 
 CARPALS: dict[str, tuple[tuple[Point, float, Point, float], ...]] = {
-    "scaphoid": (((7.5, 5.5, 0), 6.4, (16, 13, 4), 5.2),),
-    "lunate": (((-5.5, 5.0, 0), 7.2, (-3.5, 6.0, 0), 6.4),),
-    "triquetrum": (((-16, 10, -2), 5.6, (-18.5, 13, -2), 5.0),),
-    "pisiform": (((-16, 13, 10), 4.8, (-16, 15, 10), 4.6),),
-    "trapezium": (((20.5, 21, 4), 6.3, (17.5, 20, 4), 5.0),),
-    "trapezoid": (((11.5, 23.5, 0), 5.2, (10.5, 25, 0), 4.8),),
-    "capitate": (((0.5, 15, 0), 5.6, (2, 26.5, 0), 6.2),),
-    "hamate": (((-8.8, 18.5, 0), 4.6, (-11, 25.5, 0), 6.4), ((-11, 24, 4), 3.0, (-11, 24, 11), 2.6)),
+    "scaphoid": (((8.0, 6.5, 0), 7.4, (16.5, 13.5, 4), 6.2),),
+    "lunate": (((-6.5, 6.0, 0), 7.6, (-4.5, 7.0, 0), 7.4),),
+    "triquetrum": (((-17, 11.5, -2), 6.4, (-20, 15, -2), 5.4),),
+    "pisiform": (((-17.5, 15, 10), 5.2, (-17.5, 17, 10), 5.0),),
+    "trapezium": (((22, 21.5, 4), 6.8, (19.5, 21.5, 4), 6.0),),
+    "trapezoid": (((11.2, 24.2, 0), 6.0, (10.4, 25.5, 0), 5.8),),
+    "capitate": (((0.2, 16, 0), 6.4, (1.6, 26, 0), 7.2),),
+    "hamate": (((-9.4, 19, 0), 5.4, (-11.5, 25.5, 0), 7.2), ((-11, 24, 4), 3.0, (-11, 24, 11), 2.6)),
 }
 
 

@@ -36,7 +36,7 @@ FIELD = {
     "humerus": (320.0, 0.12),
     "shoulder": (235.0, 0.08),
     "wrist": (150.0, 0.12),
-    "foot": (290.0, 0.05),
+    "foot": (285.0, 0.05),
     "knee": (230.0, 0.07),
 }
 # segments that can come into the picture
@@ -115,7 +115,7 @@ def examine(
     shape = (size, max(2 * round(size * aspect / 2), 8))
     half = np.array([field_size * shape[1] / size, field_size]) / 2
     pose, finger = _pose(rng, part, view, spread)
-    upright = 180.0 if part in ("hand", "wrist", "finger", "foot") else 0.0
+    upright = 180.0 if part in ("hand", "wrist", "finger") or view == "DP" or (part, view) == ("foot", "oblique") else 0.0
     spin = upright + rng.normal(0, 3 + 7 * spread) + (180.0 if rng.random() < 0.1 * spread else 0.0)
     collimator = _collimator(rng, half)
     marker = _marker(rng, part, side, half, collimator, shortcut)
@@ -218,11 +218,11 @@ def _posed_leg(patient: Patient, exam: Examination) -> Body:
     if exam.part == "knee":
         bent = 30.0 if exam.view == "lateral" else 3.0
         return _facing(knee(patient, bent), here, np.array([0.0, 0.0, 0.0]), patient, exam)
-    whole = foot(patient)
     if exam.view == "lateral":
-        upright = whole.moved(turn("x", 90.0), np.zeros(3))
-        return _facing(upright, here, np.array([0.0, -20.0, 30.0]), patient, exam)
-    return _facing(whole, here, np.array([0.0, 55.0, 0.0]), patient, exam)
+        side_on = np.array([[0.0, 1.0, 0.0], [0.0, 0.0, -1.0], [-1.0, 0.0, 0.0]])
+        upright = foot(patient, leg=True).moved(turn("y", -TURN["lateral"]) @ side_on, np.zeros(3))
+        return _facing(upright, here, turn("y", -TURN["lateral"]) @ np.array([30.0, -30.0, 0.0]), patient, exam)
+    return _facing(foot(patient, leg=False), here, np.array([0.0, 45.0, 0.0]), patient, exam)
 
 
 def _facing(whole: Body, frame: Frame, pivot: Array, patient: Patient, exam: Examination) -> Body:

@@ -44,8 +44,8 @@ def knee(patient: Patient, flexion: float) -> Body:
     return join([upper, lower.moved(turn("x", -flexion), np.zeros(3))])
 
 
-def foot(patient: Patient) -> Body:
-    """A right foot flat on the ground: toes along y, sole towards -z, big toe at -x, ankle above the origin."""
+def foot(patient: Patient, *, leg: bool) -> Body:
+    """A right foot flat on the ground, with the ``leg`` above it or without: toes along y, sole towards -z, big toe at -x."""
     fat = patient.build**0.5
     rods = {
         "tibia": [
@@ -64,12 +64,14 @@ def foot(patient: Patient) -> Body:
         "middle cuneiform": [Rod("foot", (-8, 52, 2), 7, (-8, 60, 1), 7, 1.1, 0.3)],
         "lateral cuneiform": [Rod("foot", (4, 52, 0), 7, (5, 62, 0), 7, 1.1, 0.3)],
     }
-    bones = [bone(name, rows, density=patient.density) for name, rows in rods.items()]
+    shown = [name for name in rods if leg or name not in ("tibia", "fibula")]
+    bones = [bone(name, rods[name], density=patient.density) for name in shown]
     tissue = [
         Rod("foot", (2, -60, -24), 27 * fat, (0, 20, -12), 33 * fat),
         Rod("foot", (0, 0, 0), 36 * fat, (-2, 90, -16), 33 * fat, flat=(1.15, 1, 0.75)),
-        Rod("foot", (4, -10, 230), 40 * fat, (4, -10, 20), 36 * fat),
     ]
+    if leg:
+        tissue.append(Rod("foot", (4, -10, 230), 40 * fat, (4, -10, 20), 36 * fat))
     ends = ((-25, 74, -8, -3, 1.55), (-8, 70, -3, 0, 0.95), (5, 70, -4, 4, 0.9), (14, 66, -8, 8, 0.9), (23, 60, -13, 13, 0.95))
     lengths = ((60, 32, 26), (72, 26, 12, 10), (69, 24, 11, 10), (67, 22, 10, 10), (66, 20, 8, 9))
     for number, ((x, y, z, fan, wide), segments) in enumerate(zip(ends, lengths, strict=True), 1):

@@ -17,6 +17,7 @@ from bayescam.data.phantom.projection import Canvas, Shadow, chords, project
 from bayescam.data.phantom.roster import Case, Dials, exam_of, roster
 from bayescam.data.phantom.solids import Array
 
+TEXTURE = 0.16  # relative standard deviation of spongy bone along a ray
 LEAK = 0.004  # share of the beam that passes the collimator's leaves
 
 
@@ -91,7 +92,7 @@ def _thickness(
 def _density(exam: Examination, canvas: Canvas, shadow: Shadow, extra: dict[str, Array], grain: Array) -> Array:
     """Optical density (H, W) as the detector reports it."""
     texture = ndimage.gaussian_filter(grain[0], max(0.35 / exam.pixel, 0.5))
-    texture *= np.float32(0.30) / max(float(texture.std()), 1e-6)
+    texture *= np.float32(TEXTURE) / max(float(texture.std()), 1e-6)
     bone = shadow.cortical + shadow.spongy * np.clip(1 + texture, 0.3, 2)
     soft = np.maximum(shadow.envelope - shadow.air - bone, 0)
     primary = transmission({"bone": bone, "soft": soft, **extra}, exam.exposure.kilovolt)
