@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +36,17 @@ class PhantomSource:
     def masks(self, record: Radiograph) -> dict[str, NDArray[np.bool_]]:
         """The truth: name -> bool (H, W)."""
         return self.drawn(record).masks
+
+    def key(self, record: Radiograph) -> str:
+        """A digest of all that decides the picture: the case, the seed, the dials and the simulator's own text."""
+        case = self.cases[int(record.obs_id.rsplit("-", 1)[1])]
+        return hashlib.sha256(f"{_simulator()} {self.seed} {self.dials} {case}".encode()).hexdigest()
+
+
+@cache
+def _simulator() -> str:
+    text = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256(text).hexdigest()
 
 
 @lru_cache(maxsize=8)
