@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayescam.errors import FileFormatError
 from bayescam.posterior.draws import Draws
 from bayescam.posterior.images import check_images
 from bayescam.posterior.nuts_chain import STATISTICS, Chain, ChainSettings
 from bayescam.posterior.nuts_problem import Problem
 from bayescam.posterior.nuts_run import run_chains
+from bayescam.storage import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from bayescam.posterior.laplace import Laplace
@@ -53,6 +55,35 @@ class Nuts:
     def num_gradients(self) -> int:
         """Leapfrog steps in all, warm-up included."""
         return int(self.stats["n_steps"].sum() + self.warmup_steps.sum())
+
+    def save(self, path: Path | str) -> None:
+        """Write draws, statistics and settings as one safetensors file."""
+        tensors = {"weight": self.draws.weight, "bias": self.draws.bias}
+        tensors |= {f"stats.{name}": torch.from_numpy(values) for name, values in self.stats.items()}
+        tensors |= {"warmup_steps": torch.from_numpy(self.warmup_steps), "seconds": torch.from_numpy(self.seconds)}
+        if self.tau is not None:
+            tensors["tau"] = self.tau
+        save_tensors(Path(path), tensors, {"kind": "nuts", "settings": asdict(self.settings)})
+
+    @classmethod
+    def load(cls, path: Path | str) -> Nuts:
+        """Read what ``save`` wrote.
+
+        Raises:
+            FileFormatError: absent, broken or another kind of file.
+        """
+        tensors, metadata = load_tensors(Path(path), kind="nuts")
+        try:
+            return cls(
+                Draws(tensors["weight"], tensors["bias"]),
+                {name: tensors[f"stats.{name}"].numpy() for name in STATISTICS},
+                tensors.get("tau"),
+                tensors["warmup_steps"].numpy(),
+                tensors["seconds"].numpy(),
+                ChainSettings(**metadata["settings"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{path}: not a whole NUTS run ({error}); sample again") from error
 
     def __repr__(self) -> str:
         chains, draws = self.stats["lp"].shape

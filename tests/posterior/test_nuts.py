@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from bayescam.diagnose.arviz_compat import ess
+from bayescam.errors import FileFormatError
 from bayescam.posterior import nuts_run
 from bayescam.posterior.images import check_images
 from bayescam.posterior.laplace import fit_laplace
 from bayescam.posterior.model import log_prior, negative_log_joint
-from bayescam.posterior.nuts import SamplingInterrupted, sample_nuts
+from bayescam.posterior.nuts import Nuts, SamplingInterrupted, sample_nuts
 from bayescam.posterior.nuts_chain import ChainSettings, sample_chain
 from bayescam.posterior.nuts_run import WorkerError, chain_path
 
@@ -284,6 +285,21 @@ def test_kept_chains_of_another_run_are_not_taken(tmp_path):
     other = short(folder=tmp_path, seed=3)
     assert not torch.equal(first.draws.weight, other.draws.weight)
     assert torch.equal(other.draws.weight, short(seed=3).draws.weight)
+
+
+def test_save_and_load(tmp_path):
+    nuts = short(tau_prior="gamma")
+    nuts.save(tmp_path / "nuts.safetensors")
+    again = Nuts.load(tmp_path / "nuts.safetensors")
+    assert torch.equal(again.draws.weight, nuts.draws.weight)
+    assert torch.equal(again.tau, nuts.tau)
+    assert again.settings == nuts.settings
+    assert repr(again) == repr(nuts)
+    for name, values in nuts.stats.items():
+        np.testing.assert_array_equal(again.stats[name], values)
+    with pytest.raises(FileFormatError, match="holds a 'chain'"):
+        short(folder=tmp_path)
+        Nuts.load(chain_path(tmp_path, 0))
 
 
 def test_hierarchical_draws_tau():
