@@ -32,7 +32,7 @@ from bayescam.posterior.nuts import Nuts
 from bayescam.posterior.predictive import predict_proba
 from bayescam.posterior.temperature import fit_temperature
 from bayescam.runfolder import AlreadyComplete, RunFolder, opened, verified
-from bayescam.storage import load_tensors, printable, save_tensors, write_csv, write_text
+from bayescam.storage import load_tensors, printable, read_json, save_tensors, write_csv, write_text
 
 GAUSSIANS = {
     "laplace_diag": "posterior/laplace_diag.safetensors",
@@ -165,11 +165,11 @@ def _data(state: _Run) -> None:
     config, folder = state.config, state.folder
     if folder.done("data"):
         _drop_unreadable_again(state)
-        stored = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+        stored = read_json(folder / "data.json")
         for field, value in _fingerprint(state.dataset).items():
-            if stored[field] != value:
+            if stored.get(field) != value:
                 raise UsageError(
-                    f"--resume {folder.path}: data.{field} was {stored[field]!r} and is now {value!r}; "
+                    f"--resume {folder.path}: data.{field} was {stored.get(field)!r} and is now {value!r}; "
                     "resume with the data it began with"
                 )
         return
@@ -208,16 +208,17 @@ def _drop_unreadable(state: _Run, paths: set[Any]) -> None:
 
 
 def _drop_unreadable_again(state: _Run) -> None:
-    stored = json.loads((state.folder / "data.json").read_text(encoding="utf-8"))
-    if stored["skipped"]:
+    if read_json(state.folder / "data.json").get("skipped"):
         bad = state.dataset.unreadable(num_workers=state.config.data.num_workers)
         _drop_unreadable(state, {error.path for error in bad})
 
 
 def _fingerprint(dataset: RadiographDataset) -> dict[str, Any]:
+    """What a resumed run must find as it was: classes, and every image's name, label, patient and size in bytes."""
     digest = hashlib.sha256()
     for record in dataset.records:
-        digest.update(f"{record.obs_id}\0{record.label}\0{record.patient}\n".encode(errors="surrogateescape"))
+        size = record.path.stat().st_size if record.path is not None else 0
+        digest.update(f"{record.obs_id}\0{record.label}\0{record.patient}\0{size}\n".encode(errors="surrogateescape"))
     return {
         "classes": [printable(name) for name in dataset.classes],
         "num_images": len(dataset),
@@ -261,7 +262,6 @@ def _train(state: _Run) -> None:
         return
     with folder.stage("train", ["backbone.safetensors", "history.csv"]):
         backbone = state.new_backbone().to(state.device)
-        checkpoint = folder / ".training.safetensors"
         history = train_backbone(
             backbone,
             state.pixels,
@@ -270,12 +270,11 @@ def _train(state: _Run) -> None:
             valid=state.rows("valid"),
             settings=TrainingSettings(**asdict(config.train)),
             seed=config.seed,
-            checkpoint=checkpoint,
+            checkpoint=folder.scratch / "training.safetensors",
         )
         backbone.save(folder / "backbone.safetensors", classes=state.dataset.classes)
         rows = [tuple(asdict(epoch).values()) for epoch in history]
         write_csv(folder / "history.csv", tuple(asdict(history[0])), rows)
-    checkpoint.unlink(missing_ok=True)
 
 
 def _features(state: _Run) -> None:
@@ -347,7 +346,7 @@ def _nuts(state: _Run) -> None:
             num_warmup=settings.num_warmup,
             kernel=settings.kernel,
             seed=state.config.seed,
-            checkpoint=folder / "posterior/.chains",
+            folder=folder.scratch / "chains",
         )
         nuts.save(folder / "posterior/nuts.safetensors")
 
@@ -465,7 +464,7 @@ def _compare(state: _Run) -> None:
 
 def chosen_posterior(folder: Path) -> tuple[str, str]:
     """The Gaussian that the verdict lets speak for new images: (method, file in the run folder)."""
-    verdict = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["verdict"]
+    verdict = read_json(folder / "comparison.json").get("verdict")
     name = "laplace_full" if verdict == "laplace" else "laplace_refined"
     return name, GAUSSIANS[name]
 
@@ -583,13 +582,13 @@ def report_again(path: Path) -> list[Path]:
     from bayescam.report.model_card import write_model_card
 
     verified(path, "metrics.json", "comparison.json", "predictions.nc", "cams.nc")
-    facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    facts = read_json(path / "run.json")
     written = [write_report(path), write_model_card(path)]
-    RunFolder(path).complete({key: facts[key] for key in ("bayescam", "seed", "preset")})
+    RunFolder(path).complete({key: facts.get(key) for key in ("bayescam", "seed", "preset")})
     return written
 
 
 def _farewell(out: Path) -> str:
-    comparison = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
+    comparison = read_json(out / "comparison.json")
     table = (out / "table.md").read_text(encoding="utf-8")
     return f"{table}\nVerdict: {comparison['verdict']}. {comparison['words']}\nwrote {out} (open {out / 'report.html'})"

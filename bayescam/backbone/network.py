@@ -237,7 +237,7 @@ class Backbone(nn.Module):
         try:
             name, classes = str(metadata["name"]), tuple(str(c) for c in metadata["classes"])
             num_classes, size = int(metadata["num_classes"]), int(metadata["image_size"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise FileFormatError(f"{path}: incomplete metadata ({error})") from error
         if len(classes) != num_classes:
             raise FileFormatError(f"{path}: {len(classes)} class names for {num_classes} classes")

@@ -213,14 +213,34 @@ def _restore(
 ) -> list[Epoch]:
     tensors, metadata = load_tensors(path, kind="training")
     for field, now in (("seed", seed), ("settings", vars(settings))):
-        if metadata[field] != now:
+        if metadata.get(field) != now:
             raise FileFormatError(f"{path}: training was begun with another {field}; delete the file to begin anew")
-    net = {name[4:]: tensor for name, tensor in tensors.items() if name.startswith("net.")}
-    backbone.net.load_state_dict(net)
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = tensor
+    expected = _shapes(backbone)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != expected:
+        wrong = sorted(expected.items() ^ found.items())[0][0]
+        raise FileFormatError(f"{path}: does not fit this network at {wrong!r}; delete the file to begin anew")
+    try:
+        history = [Epoch(**row) for row in metadata["history"]]
+        for number, row in enumerate(history):
+            if row.epoch != number or not all(isinstance(value, int | float) for value in vars(row).values()):
+                raise ValueError(f"epoch {number} is {row}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{path}: its history is broken ({error}); delete the file to begin anew") from error
+    backbone.net.load_state_dict({name: tensors[f"net.{name}"] for name in backbone.net.state_dict()})
+    count = len(list(backbone.net.parameters()))
+    state = {i: {key: tensors[f"optimizer.{i}.{key}"] for key in _ADAM} for i in range(count)}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return [Epoch(**row) for row in metadata["history"]]
+    return history
+
+
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+
+def _shapes(backbone: Backbone) -> dict[str, tuple[int, ...]]:
+    """The tensors of a checkpoint, by name."""
+    shapes = {f"net.{name}": tuple(tensor.shape) for name, tensor in backbone.net.state_dict().items()}
+    for index, parameter in enumerate(backbone.net.parameters()):
+        for key in _ADAM:
+            shapes[f"optimizer.{index}.{key}"] = () if key == "step" else tuple(parameter.shape)
+    return shapes
