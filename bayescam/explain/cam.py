@@ -131,16 +131,21 @@ class CamPosterior:
         if bool(alike.any()):
             first = int(alike.nonzero()[0])
             raise ValueError(f"region_a and region_b are the same in image {first}; neither can outrank")
-        return self.by_label(label, lambda rows, along: self.forms.exceedance(rows, along, 0.0)[:, 0, 0], weights)
+
+        def probability(rows: Tensor, along: Tensor, numbers: Tensor) -> Tensor:
+            return self.forms.exceedance(weights[numbers].unsqueeze(1) @ rows, along, 0.0)[:, 0, 0]
+
+        return self.by_label(label, probability)
 
     def region(self, region: Tensor, label: int | Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """The mean CAM over a region: its posterior (mean, sd), each (N,), in logits."""
         weights = self.region_weights(region, "region")
 
-        def moments(rows: Tensor, along: Tensor) -> Tensor:
-            return torch.cat([self.forms.mean(rows, along), self.forms.variance(rows, along).sqrt()], -1)[:, 0]
+        def moments(rows: Tensor, along: Tensor, numbers: Tensor) -> Tensor:
+            average = weights[numbers].unsqueeze(1) @ rows
+            return torch.cat([self.forms.mean(average, along), self.forms.variance(average, along).sqrt()], -1)[:, 0]
 
-        mean, sd = self.by_label(label, moments, weights).unbind(1)
+        mean, sd = self.by_label(label, moments).unbind(1)
         return mean, sd
 
     def attribution(self, label: int | Sequence[int] | Tensor) -> Tensor:
@@ -150,7 +155,7 @@ class CamPosterior:
         the maps are). The bias stands in every cell, so that nothing is left over.
         """
 
-        def covariances(rows: Tensor, along: Tensor) -> Tensor:
+        def covariances(rows: Tensor, along: Tensor, _: Tensor) -> Tensor:
             biased = with_bias(rows)
             return self.forms.covariance(biased, biased.mean(1, keepdim=True), along[0])[..., 0]
 
@@ -158,7 +163,7 @@ class CamPosterior:
 
     def logit(self) -> tuple[Tensor, Tensor]:
         """Posterior mean and sd of mean_u CAM_c(u) + b_c, (N, K) each: the logit after global average pooling."""
-        rows = with_bias(torch.cat([part.mean(1, keepdim=True) for part in self.rows()]))
+        rows = with_bias(torch.cat([rows.mean(1, keepdim=True) for rows, _ in self.rows()]))
         return self.forms.mean(rows, self.directions)[:, 0], self.forms.variance(rows, self.directions).sqrt()[:, 0]
 
     def prior_share(self) -> Tensor:
@@ -188,12 +193,12 @@ class CamPosterior:
             share = f", {first.prior_share().mean():.0%} of its variance is only prior"
         return f"CamPosterior(images={self.num_images}, classes={self.num_classes}, cells={h}x{w}, {kind}{share})"
 
-    def rows(self, indices: Tensor | None = None) -> Iterator[Tensor]:
-        """The cells as augmented rows (n, U, D+1), last entry 0, a bounded number of images at a time."""
+    def rows(self, indices: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Cells as augmented rows (n, U, D+1), last entry 0, and whose they are (n,); a bounded number at a time."""
         per_image = (self.maps.shape[1] + 1) * self.maps.shape[2] * self.maps.shape[3]
         chosen = torch.arange(self.num_images, device=self.maps.device) if indices is None else indices
         for part in chosen.split(max(1, _CHUNK // per_image)):
-            yield torch.nn.functional.pad(self.maps[part].flatten(2).mT, (0, 1))
+            yield torch.nn.functional.pad(self.maps[part].flatten(2).mT, (0, 1)), part
 
     def region_weights(self, region: Tensor, name: str) -> Tensor:
         """A region as weights (N, U) that take the mean over it."""
@@ -210,36 +215,23 @@ class CamPosterior:
         return labels.to(self.maps.device).expand(self.num_images)
 
     def by_label(
-        self,
-        label: int | Sequence[int] | Tensor,
-        compute: Callable[[Tensor, Tensor], Tensor],
-        weights: Tensor | None = None,
+        self, label: int | Sequence[int] | Tensor, compute: Callable[[Tensor, Tensor, Tensor], Tensor]
     ) -> Tensor:
-        """compute(rows (n, M, E), directions (1, K)) -> (n, ...) for each image with its own class, as (N, ...).
+        """compute(rows (n, U, E), directions (1, K), image numbers (n,)) -> (n, ...) for each image's own class.
 
-        Args:
-            label: one for all images or one an image.
-            compute: as above; called for some images of one class at a time.
-            weights: (N, U) to use their one weighted cell for rows instead of the U cells.
+        It is called for images of one class at a time; the answers come back in the order of the images, (N, ...).
         """
-        labels, found = self.labels(label), []
-        order = []
-        for value in labels.unique().tolist():
+        labels, found, order = self.labels(label), [], []
+        for value in labels.unique().tolist() or [0]:
             chosen = (labels == value).nonzero().flatten()
             order.append(chosen)
-            start = 0
-            for rows in self.rows(chosen):
-                if weights is not None:
-                    rows = weights[chosen[start : start + len(rows)]].unsqueeze(1) @ rows
-                found.append(compute(rows, self.directions[value, None]))
-                start += len(rows)
-        if not found:
-            return compute(next(iter(self.rows())), self.directions[:1])
+            for rows, numbers in self.rows(chosen):
+                found.append(compute(rows, self.directions[value, None], numbers))
         return torch.cat(found)[torch.cat(order).argsort()]
 
     def _cellwise(self, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """compute(rows (n, U, E)) -> (n, U, R), for all images, as (N, R, h, w)."""
-        return torch.cat([compute(rows).mT.unflatten(2, self.shape) for rows in self.rows()])
+        return torch.cat([compute(rows).mT.unflatten(2, self.shape) for rows, _ in self.rows()])
 
 
 def with_bias(rows: Tensor) -> Tensor:
