@@ -52,3 +52,12 @@ def probability_convergence(draws: Draws, features: Tensor, num_images: int = NU
     phi = features[::step].to(draws.weight)
     logits = draws.weight @ phi.T + draws.bias.unsqueeze(-1)
     return convergence(logits.softmax(2).cpu().numpy())
+
+
+def energy_fraction(energy: np.ndarray) -> list[float]:
+    """E-BFMI of each chain, sum_s (E_s - E_{s-1})^2 / sum_s (E_s - mean E)^2 for energies (C, S); below 0.3 is low.
+
+    Source: Betancourt (2016), arXiv:1604.00695.
+    """
+    centred = energy - energy.mean(1, keepdims=True)
+    return [float(x) for x in np.square(np.diff(energy, axis=1)).sum(1) / np.square(centred).sum(1)]

@@ -297,8 +297,8 @@ def test_save_and_load(tmp_path):
     assert repr(again) == repr(nuts)
     for name, values in nuts.stats.items():
         np.testing.assert_array_equal(again.stats[name], values)
+    short(folder=tmp_path)
     with pytest.raises(FileFormatError, match="holds a 'chain'"):
-        short(folder=tmp_path)
         Nuts.load(chain_path(tmp_path, 0))
 
 

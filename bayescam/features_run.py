@@ -1,0 +1,340 @@
+"""``bayescam posterior``: Laplace, refine, NUTS, comparison and verdict for ready-made features, without any image."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bayescam.errors import UsageError
+from bayescam.storage import sha256_of, write_text
+
+if TYPE_CHECKING:
+    from bayescam.diagnose.compare import Comparison
+    from bayescam.data.feature_table import FeatureTable
+    from bayescam.posterior.laplace import Laplace
+    from bayescam.posterior.nuts import Nuts
+
+_SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class FeaturesSettings:
+    """Everything that decides the numbers of a run on features.
+
+    Args:
+        prior_precision: tau, or "evidence".
+        num_chains, num_samples, num_warmup, kernel: of NUTS.
+        sample_tau: put Gamma(1, rate 0.1) on tau and add the row "nuts_hierarchical".
+        standardise: subtract the training mean of each feature and divide by its training sd.
+        seed: of the split and of all draws.
+        num_laplace_samples: draws of each Gaussian in its NetCDF file.
+    """
+
+    prior_precision: float | str = "evidence"
+    num_chains: int = 4
+    num_samples: int = 500
+    num_warmup: int = 150
+    kernel: str = "nuts"
+    sample_tau: bool = False
+    standardise: bool = False
+    seed: int = 0
+    num_laplace_samples: int = 500
+
+
+def add_parser(commands: Any) -> None:
+    """The subcommand ``posterior``."""
+    parser = commands.add_parser(
+        "posterior",
+        help="the posterior and the verdict for ready-made features, without images",
+        description="Laplace, refine, NUTS and the verdict on Laplace for features of any network or tabular data.",
+    )
+    parser.add_argument(
+        "--features",
+        type=Path,
+        required=True,
+        help=".npz with features, labels (and test_features, test_labels), or .csv whose last column is the label",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="of the split and the draws (default: 0)")
+    parser.add_argument("--prior-precision", default="evidence", help="tau, or evidence (the default)")
+    parser.add_argument("--sample-tau", action="store_true", help="also sample tau under Gamma(1, rate 0.1)")
+    parser.add_argument("--standardise", action="store_true", help="scale each feature to mean 0, sd 1 (tabular data)")
+    parser.add_argument("--num-chains", type=int, default=4, help="NUTS chains (default: 4)")
+    parser.add_argument("--num-samples", type=int, default=500, help="draws a chain (default: 500)")
+    parser.add_argument("--num-warmup", type=int, default=150, help="warm-up draws a chain (default: 150)")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes for the chains (default: 0, in turn)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run: finished chains are kept")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    parser.set_defaults(handler=_posterior)
+
+
+def _posterior(parsed: argparse.Namespace) -> int:
+    tau = parsed.prior_precision
+    if tau != "evidence":
+        try:
+            tau = float(tau)
+        except ValueError as error:
+            raise UsageError(f"--prior-precision {tau}: give a positive number or evidence") from error
+    settings = FeaturesSettings(
+        prior_precision=tau,
+        num_chains=parsed.num_chains,
+        num_samples=parsed.num_samples,
+        num_warmup=parsed.num_warmup,
+        sample_tau=parsed.sample_tau,
+        standardise=parsed.standardise,
+        seed=parsed.seed,
+    )
+    if parsed.resume and parsed.overwrite:
+        raise UsageError("--resume and --overwrite exclude each other: say one")
+    print(
+        run_features(
+            parsed.features,
+            parsed.out,
+            settings,
+            num_workers=parsed.num_workers,
+            resume=parsed.resume,
+            overwrite=parsed.overwrite,
+        )
+    )
+    return 0
+
+
+def run_features(
+    path: Path,
+    out: Path,
+    settings: FeaturesSettings | None = None,
+    *,
+    num_workers: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> str:
+    """Run everything on the features in ``path``; returns what to tell the user.
+
+    Writes ``posterior/laplace.safetensors``, ``refined.safetensors``, ``nuts.safetensors`` and the same as NetCDF,
+    ``metrics.json``, ``comparison.json``, ``diagnostics.json``, ``table.md``, ``timings.json``, ``settings.json``.
+
+    Raises:
+        FileFormatError: the features cannot be read.
+        UsageError: the folder is not usable.
+    """
+    from bayescam.data.feature_table import read_features
+
+    settings = settings or FeaturesSettings()
+    table = read_features(path, seed=settings.seed)
+    _prepare(out, {**asdict(settings), "features_sha256": sha256_of(path)}, resume=resume, overwrite=overwrite)
+    table = _standardised(table) if settings.standardise else table
+    seconds: dict[str, float] = {}
+    gaussians = _fit(table, settings, seconds)
+    chains = {"nuts": _sample(table, gaussians, settings, None, out, num_workers, seconds)}
+    if settings.sample_tau:
+        chains["nuts_hierarchical"] = _sample(table, gaussians, settings, "gamma", out, num_workers, seconds)
+    with _timed("metrics", seconds):
+        metrics = _metrics(table, gaussians, chains)
+    with _timed("compare", seconds):
+        comparison = _compare(table, gaussians, chains["nuts"])
+    with _timed("arviz", seconds):
+        _save_posteriors(out, table, gaussians, chains, settings)
+    write_text(out / "metrics.json", json.dumps(metrics, indent=1))
+    write_text(out / "comparison.json", json.dumps(comparison.to_dict(), indent=1, allow_nan=False))
+    write_text(out / "diagnostics.json", json.dumps(_diagnostics(chains, comparison), indent=1))
+    write_text(out / "table.md", _markdown(metrics))
+    write_text(out / "timings.json", json.dumps({"seconds": seconds}, indent=1))
+    shutil.rmtree(out / ".chains", ignore_errors=True)
+    return f"{_markdown(metrics)}\nVerdict: {comparison.verdict}. {comparison.words}\nwrote {out}"
+
+
+def _prepare(out: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: is a file; name a folder")
+    held = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
+    if held and _SETTINGS not in held:
+        raise UsageError(f"--out {out}: the folder holds files that are not such a run ({held[0]}); name another")
+    if held and resume:
+        stored = json.loads((out / _SETTINGS).read_text(encoding="utf-8"))
+        for name, now in settings.items():
+            if stored.get(name) != now:
+                raise UsageError(
+                    f"--resume {out}: {name} was {stored.get(name)!r} and is now {now!r}; resume with what it was"
+                )
+    elif held and not overwrite:
+        raise UsageError(f"--out {out}: the folder is not empty; name another, or say --resume or --overwrite")
+    elif held:
+        shutil.rmtree(out)
+    write_text(out / _SETTINGS, json.dumps(settings, indent=1))
+
+
+def _standardised(table: FeatureTable) -> FeatureTable:
+    mean, sd = table.features.mean(0), table.features.std(0)
+    sd[sd == 0] = 1
+    return replace(
+        table, features=(table.features - mean) / sd, test_features=(table.test_features - mean) / sd
+    )
+
+
+@contextmanager
+def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    begun = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - begun, 3)
+
+
+def _fit(table: FeatureTable, settings: FeaturesSettings, seconds: dict[str, float]) -> dict[str, Laplace]:
+    """The Gaussians, all at the tau of the full one."""
+    from bayescam.posterior.laplace import fit_laplace
+
+    k = len(table.classes)
+    with _timed("laplace_full", seconds):
+        full = fit_laplace(
+            table.features, table.labels, num_classes=k, prior_precision=settings.prior_precision
+        )
+    gaussians = {}
+    for structure in ("diag", "kron"):
+        with _timed(f"laplace_{structure}", seconds):
+            gaussians[f"laplace_{structure}"] = fit_laplace(
+                table.features, table.labels, num_classes=k, prior_precision=full.prior_precision, structure=structure
+            )
+    gaussians["laplace_full"] = full
+    with _timed("laplace_refined", seconds):
+        gaussians["laplace_refined"] = full.refine(table.features, table.labels)
+    return gaussians
+
+
+def _sample(
+    table: FeatureTable,
+    gaussians: dict[str, Laplace],
+    settings: FeaturesSettings,
+    tau_prior: Any,
+    out: Path,
+    num_workers: int,
+    seconds: dict[str, float],
+) -> Nuts:
+    from bayescam.posterior.nuts import sample_nuts
+
+    name = "nuts" if tau_prior is None else "nuts_hierarchical"
+    with _timed(name, seconds):
+        return sample_nuts(
+            gaussians["laplace_refined"],
+            table.features,
+            table.labels,
+            num_chains=settings.num_chains,
+            num_samples=settings.num_samples,
+            num_warmup=settings.num_warmup,
+            kernel="hmc" if settings.kernel == "hmc" else "nuts",
+            tau_prior=tau_prior,
+            seed=settings.seed,
+            num_workers=num_workers,
+            folder=out / ".chains" / name,
+        )
+
+
+def _metrics(
+    table: FeatureTable, gaussians: dict[str, Laplace], chains: dict[str, Nuts]
+) -> dict[str, Any]:
+    import torch
+
+    from bayescam.diagnose.calibration import classification_metrics
+    from bayescam.posterior.predictive import predict_proba
+
+    full = gaussians["laplace_full"]
+    phi = torch.as_tensor(table.test_features).to(full.weight_mean)
+    proba = {"map": torch.softmax(phi @ full.weight_mean.T + full.bias_mean, 1)}
+    proba |= {name: gaussian.predict_proba(phi) for name, gaussian in gaussians.items()}
+    proba |= {name: predict_proba(run.draws, phi) for name, run in chains.items()}
+    return {
+        "methods": {
+            name: classification_metrics(probs.double().numpy(), table.test_labels) for name, probs in proba.items()
+        },
+        "num_train": len(table.labels),
+        "num_test": len(table.test_labels),
+        "num_features": table.features.shape[1],
+        "classes": list(table.classes),
+        "prior_precision": full.prior_precision,
+        "log_evidence": full.log_evidence,
+        "notes": list(full.notes),
+    }
+
+
+def _compare(table: FeatureTable, gaussians: dict[str, Laplace], nuts: Nuts) -> Comparison:
+    from bayescam.diagnose.compare import compare_posteriors
+
+    return compare_posteriors(
+        gaussians["laplace_full"],
+        nuts,
+        table.test_features,
+        table.test_labels,
+        refined=gaussians["laplace_refined"],
+        training=(table.features, table.labels),
+    )
+
+
+def _save_posteriors(
+    out: Path,
+    table: FeatureTable,
+    gaussians: dict[str, Laplace],
+    chains: dict[str, Nuts],
+    settings: FeaturesSettings,
+) -> None:
+    from bayescam.diagnose.inference_data import save, to_inference_data
+
+    folder = out / "posterior"
+    files: dict[str, Laplace | Nuts] = {
+        "laplace": gaussians["laplace_full"],
+        "refined": gaussians["laplace_refined"],
+        **chains,
+    }
+    for name, posterior in files.items():
+        posterior.save(folder / f"{name}.safetensors")
+        data = to_inference_data(
+            posterior,
+            table.test_features,
+            table.test_labels,
+            classes=list(table.classes),
+            obs_ids=[f"row-{i}" for i in table.test_rows],
+            num_samples=settings.num_laplace_samples,
+            seed=settings.seed,
+        )
+        save(data, folder / f"{name}.nc")
+
+
+def _diagnostics(chains: dict[str, Nuts], comparison: Comparison) -> dict[str, Any]:
+    """The numbers of NUTS that must be looked at before anything is believed."""
+    from bayescam.diagnose.convergence import convergence, energy_fraction
+
+    found: dict[str, Any] = {}
+    for name, run in chains.items():
+        centred = convergence(run.draws.centred().theta().cpu().numpy())
+        found[name] = {
+            "weights": asdict(centred),
+            "lp": asdict(convergence(run.stats["lp"])),
+            "e_bfmi": energy_fraction(run.stats["energy"]),
+            "num_divergent": run.num_divergent,
+            "tree_depth_max": int(run.stats["tree_depth"].max()),
+            "steps_per_draw": float(run.stats["n_steps"].mean()),
+            "acceptance_rate": float(run.stats["acceptance_rate"].mean()),
+            "num_gradients": run.num_gradients,
+        }
+        if run.tau is not None:
+            tau = run.tau.cpu().numpy()
+            found[name]["tau"] = {"mean": float(tau.mean()), "sd": float(tau.std()), **asdict(convergence(tau))}
+    found["nuts"]["probabilities"] = comparison.to_dict()["convergence"]["probabilities"]
+    return found
+
+
+def _markdown(metrics: dict[str, Any]) -> str:
+    lines = [
+        f"{metrics['num_train']} rows to train, {metrics['num_test']} to test, {metrics['num_features']} features, "
+        f"{len(metrics['classes'])} classes, prior precision {metrics['prior_precision']:.4g}.",
+        "",
+        "| method | accuracy | NLL | ECE | Brier |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in metrics["methods"].items():
+        lines.append(f"| {name} | {row['accuracy']:.3f} | {row['nll']:.4f} | {row['ece']:.4f} | {row['brier']:.4f} |")
+    return "\n".join(lines) + "\n"
