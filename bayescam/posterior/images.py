@@ -111,20 +111,43 @@ def check_images(
     weights = _check_class_weights(class_weights, num_classes, labels)
     images = TrainingImages(features, labels, num_classes, weights, group)
     for span, chunk in images.chunks():
-        if not bool(torch.isfinite(chunk).all()):
-            row, column = (~torch.isfinite(chunk)).nonzero()[0].tolist()
-            raise ValueError(
-                f"features[{span.start + row}, {column}] is {float(chunk[row, column])}; "
-                "drop that image or mend the network that made it"
-            )
+        _check_finite(chunk, span.start)
     return images
 
 
+def check_rows(features: Tensor | np.ndarray, num_features: int, like: Tensor) -> Tensor:
+    """Features (N, D) that a fitted posterior is asked about, in ``like``'s type and on its device.
+
+    Raises:
+        TypeError, ValueError: not floating-point numbers, of another D, or not finite; the message names what.
+    """
+    _check_type(features)
+    if len(features.shape) != 2 or features.shape[1] != num_features:
+        raise ValueError(f"features must be (N, {num_features}), got {tuple(features.shape)}")
+    rows = as_features(features).to(like)
+    _check_finite(rows, 0)
+    return rows
+
+
+def _check_finite(rows: Tensor, start: int) -> None:
+    finite = torch.isfinite(rows)
+    if not bool(finite.all()):
+        row, column = (~finite).nonzero()[0].tolist()
+        raise ValueError(
+            f"features[{start + row}, {column}] is {float(rows[row, column])}; "
+            "drop that image or mend the network that made it"
+        )
+
+
 def _check_features(features: Tensor | np.ndarray) -> None:
-    if not isinstance(features, Tensor | np.ndarray):
-        raise TypeError(f"features must be a torch tensor or a numpy array, got {type(features).__name__}")
+    _check_type(features)
     if len(features.shape) != 2 or features.shape[1] == 0:
         raise ValueError(f"features must be (N, D) with D >= 1, got shape {tuple(features.shape)}")
+
+
+def _check_type(features: Tensor | np.ndarray) -> None:
+    if not isinstance(features, Tensor | np.ndarray):
+        raise TypeError(f"features must be a torch tensor or a numpy array, got {type(features).__name__}")
     floating = (
         features.is_floating_point() if isinstance(features, Tensor) else np.issubdtype(features.dtype, np.floating)
     )
