@@ -16,8 +16,8 @@ from bayescam.errors import UsageError
 from bayescam.storage import sha256_of, write_text
 
 if TYPE_CHECKING:
-    from bayescam.diagnose.compare import Comparison
     from bayescam.data.feature_table import FeatureTable
+    from bayescam.diagnose.compare import Comparison
     from bayescam.posterior.laplace import Laplace
     from bayescam.posterior.nuts import Nuts
 
