@@ -45,11 +45,11 @@ def joint_exceedance(
         if upsampling is not None:
             draws = upsampling.values(draws.unflatten(2, cam.shape)).flatten(2)
         above = draws > t
-        marginal = above.double().mean(1)
+        marginal = above.sum(1) / draws.shape[1]
         distance = (draws.mean(1) - t) / draws.std(1).clamp(min=1e-300)
         order = _descending(marginal, distance)
         sorted_above = above.gather(2, order.unsqueeze(1).expand_as(above))
-        joint = sorted_above.to(torch.uint8).cummin(2).values.double().mean(1)
+        joint = sorted_above.to(torch.uint8).cummin(2).values.sum(1).double() / draws.shape[1]
         return torch.zeros_like(joint).scatter(1, order, joint)
 
     points = shape[0] * shape[1]
