@@ -72,13 +72,19 @@ class FullCovariance(_Movable):
     num_classes: int
     structure: ClassVar[str] = "full"
 
+    def to(self, target: torch.device | torch.dtype | str) -> FullCovariance:
+        """The same covariance on another device or in another type; L^-1 is taken in the wider one."""
+        moved = super().to(target)
+        moved.__dict__["inverse_cholesky"] = self.inverse_cholesky.to(target)
+        return moved
+
     @property
     def num_features(self) -> int:
         return self.precision_cholesky.shape[0] // (self.num_classes - 1) - 1
 
     @property
     def logit_rank(self) -> int:
-        """How many standard normals ``logit_perturbations`` turns into one draw of centred logits."""
+        """How many standard normals ``perturb`` turns into one draw of centred logits."""
         return self.num_classes - 1
 
     @cached_property
@@ -130,10 +136,21 @@ class FullCovariance(_Movable):
         directions = directions.to(self.precision_cholesky)
         return _quadratic(self.logit_covariance(x), directions)
 
-    def logit_perturbations(self, x: Tensor, z: Tensor) -> Tensor:
-        """Centred logits minus their mean, from standard normals z (T, K-1): x (n, D+1) -> (n, T, K)."""
-        factor = torch.linalg.cholesky(self.contrast_covariance(x))
-        return z.to(factor) @ (self.basis @ factor).mT
+    def logit_scale(self, x: Tensor) -> Tensor:
+        """R (n, K-1, K-1) with R R^T the covariance of Q^T f: all that ``perturb`` needs of x (n, D+1)."""
+        return square_root(self.contrast_covariance(x))
+
+    def perturb(self, scale: Tensor, z: Tensor) -> Tensor:
+        """Centred logits minus their mean, from ``logit_scale`` and standard normals z (T, K-1): (n, K, T)."""
+        return self.basis @ scale @ z.to(scale).T
+
+    def unwhiten(self, z: Tensor) -> Tensor:
+        """theta = (Q (x) I) L^-T z, of covariance Sigma (the shift apart) for standard normal z: (M,) -> (K, D+1)."""
+        return self.basis @ torch.einsum("mje,m->je", self.inverse_cholesky, z)
+
+    def whiten_gradient(self, gradient: Tensor) -> Tensor:
+        """The gradient in z of a function whose gradient in theta is (K, D+1): the transpose of ``unwhiten``."""
+        return torch.einsum("mje,je->m", self.inverse_cholesky, self.basis.T @ gradient)
 
     def diagonal(self) -> Tensor:
         """The variances of [weight, bias], (K, D+1)."""
@@ -184,7 +201,7 @@ class KronCovariance(_Movable):
 
     @property
     def logit_rank(self) -> int:
-        """How many standard normals ``logit_perturbations`` turns into one draw of centred logits."""
+        """How many standard normals ``perturb`` turns into one draw of centred logits."""
         return self.num_classes - 1
 
     @cached_property
@@ -228,9 +245,23 @@ class KronCovariance(_Movable):
     def _shift(self, x: Tensor) -> Tensor:
         return x.to(self.class_vectors).square().sum(-1) / (self.num_classes * self.prior_precision)
 
-    def logit_perturbations(self, x: Tensor, z: Tensor) -> Tensor:
-        """Centred logits minus their mean, from standard normals z (T, K-1): x (n, D+1) -> (n, T, K)."""
-        return (z.to(self.class_vectors) * self.class_variance(x).sqrt().unsqueeze(-2)) @ self.class_vectors.T
+    def logit_scale(self, x: Tensor) -> Tensor:
+        """Sds of V^T f, (n, K-1): all that ``perturb`` needs of x (n, D+1)."""
+        return self.class_variance(x).sqrt()
+
+    def perturb(self, scale: Tensor, z: Tensor) -> Tensor:
+        """Centred logits minus their mean, from ``logit_scale`` and standard normals z (T, K-1): (n, K, T)."""
+        return self.class_vectors @ (scale.unsqueeze(-1) * z.to(scale).T)
+
+    def unwhiten(self, z: Tensor) -> Tensor:
+        """theta = V (z / sqrt(b a + tau)) U^T, of covariance Sigma (the shift apart): ((K-1)(D+1),) -> (K, D+1)."""
+        scaled = z.reshape(self.eigenvalues.shape) * self.eigenvalues.rsqrt()
+        return self.class_vectors @ scaled @ self.feature_vectors.T
+
+    def whiten_gradient(self, gradient: Tensor) -> Tensor:
+        """The gradient in z of a function whose gradient in theta is (K, D+1): the transpose of ``unwhiten``."""
+        rotated = self.class_vectors.T @ gradient @ self.feature_vectors
+        return (rotated * self.eigenvalues.rsqrt()).flatten()
 
     def diagonal(self) -> Tensor:
         """The variances of [weight, bias], (K, D+1)."""
@@ -274,8 +305,8 @@ class DiagCovariance(_Movable):
 
     @property
     def logit_rank(self) -> int:
-        """How many standard normals ``logit_perturbations`` turns into one draw of centred logits."""
-        return self.num_classes
+        """How many standard normals ``perturb`` turns into one draw of centred logits."""
+        return 1 if self.num_classes == 2 else self.num_classes
 
     def bilinear(self, a: Tensor, b: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """x Sigma(a, b) y^T with Sigma(a, b) = sum_kl a_k b_l Sigma_kl; x (..., M, D+1), y (..., M2, D+1)."""
@@ -294,10 +325,26 @@ class DiagCovariance(_Movable):
         """Var(direction . f) at each row: x (..., D+1), directions (R, K) -> (..., R)."""
         return self.class_variance(x) @ directions.to(self.precision).square().T
 
-    def logit_perturbations(self, x: Tensor, z: Tensor) -> Tensor:
-        """Centred logits minus their mean, from standard normals z (T, K): x (n, D+1) -> (n, T, K)."""
-        raw = z.to(self.precision) * self.class_variance(x).sqrt().unsqueeze(-2)
-        return raw - raw.mean(-1, keepdim=True)
+    def logit_scale(self, x: Tensor) -> Tensor:
+        """Sds of the raw logits, (n, K): all that ``perturb`` needs of x (n, D+1)."""
+        return self.class_variance(x).sqrt()
+
+    def perturb(self, scale: Tensor, z: Tensor) -> Tensor:
+        """Centred logits minus their mean, from ``logit_scale`` and standard normals z (T, logit_rank): (n, K, T)."""
+        z = z.to(scale).T
+        if self.num_classes == 2:
+            contrast = scale.square().mean(-1).sqrt()
+            return contrast_basis(2, like=z) * (contrast[:, None, None] * z)
+        raw = scale.unsqueeze(-1) * z
+        return raw - raw.mean(-2, keepdim=True)
+
+    def unwhiten(self, z: Tensor) -> Tensor:
+        """theta = z / sqrt(precision), of covariance Sigma for standard normal z: (K(D+1),) -> (K, D+1)."""
+        return z.reshape(self.precision.shape) * self.precision.rsqrt()
+
+    def whiten_gradient(self, gradient: Tensor) -> Tensor:
+        """The gradient in z of a function whose gradient in theta is (K, D+1): the transpose of ``unwhiten``."""
+        return (gradient * self.precision.rsqrt()).flatten()
 
     def diagonal(self) -> Tensor:
         """The variances of [weight, bias], (K, D+1)."""
@@ -320,6 +367,15 @@ class DiagCovariance(_Movable):
 
 
 Covariance = FullCovariance | KronCovariance | DiagCovariance
+
+
+def square_root(covariance: Tensor) -> Tensor:
+    """R with R R^T the covariance, for a batch (..., r, r): Cholesky's, or the symmetric one where that is only semi-definite."""
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if bool((failed > 0).any()):
+        values, vectors = torch.linalg.eigh(covariance[failed > 0])
+        factor[failed > 0] = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+    return factor
 
 
 def _quadratic(covariance: Tensor, directions: Tensor) -> Tensor:

@@ -49,14 +49,15 @@ def weighted_gram(rows: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(syrk(1.0, rows.numpy().T, lower=False)).T).double()
 
 
-def feature_gram(images: TrainingImages) -> Tensor:
-    """A = sum_n w_n phi~_n phi~_n^T, (D+1, D+1) float64."""
+def feature_gram(images: TrainingImages, weights: Tensor | None = None) -> Tensor:
+    """A = sum_n w_n phi~_n phi~_n^T, (D+1, D+1) float64; ``weights`` (N,) >= 0, if given, multiply the images' own."""
     width = images.num_features + 1
     gram = torch.zeros(width, width, dtype=torch.float64, device=images.device)
     for span, phi in images.chunks(_GRAM_ROWS):
         rows = augment(phi)
-        if images.image_weights is not None:
-            rows *= images.image_weights[span, None].sqrt().to(rows)
+        for weight in (images.image_weights, weights):
+            if weight is not None:
+                rows *= weight[span, None].sqrt().to(rows)
         gram += weighted_gram(rows)
     return _mirror(images.total(gram))
 

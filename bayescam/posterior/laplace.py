@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,24 +14,28 @@ from torch import Tensor
 
 from bayescam import storage
 from bayescam.posterior import predictive
+from bayescam.posterior import refine as refinement
 from bayescam.posterior.covariance import Covariance, DiagCovariance, FullCovariance, KronCovariance
 from bayescam.posterior.curvature import (
     class_curvature,
     diag_covariance,
-    feature_gram,
     full_covariance,
-    kron_covariance,
     pair_products,
     probabilities_at,
 )
 from bayescam.posterior.draws import Draws
-from bayescam.posterior.images import TrainingImages, augment, check_images, check_prior_precision
-from bayescam.posterior.map import MapEstimate, find_map
+from bayescam.posterior.images import TrainingImages, augment, check_images, check_prior_precision, check_rows
+from bayescam.posterior.evidence import BRACKET, maximise
+from bayescam.posterior.map import MapEstimate, find_map, whitening
+
+from bayescam.posterior.refine import Refinement
 
 if TYPE_CHECKING:
+    from pyro.infer.autoguide import AutoMultivariateNormal
     from torch.distributed import ProcessGroup
 
 STRUCTURES = ("full", "kron", "diag")
+CRITERIA = ("evidence", "elbo")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +49,12 @@ class Laplace:
         log_evidence: log p(y | tau) by Laplace, constants included.
         num_train: N.
         gradient_norm: |gradient of -log joint| at the MAP.
-        newton_decrement: the distance of the mean from the MAP in posterior sds; nan once refined.
+        newton_decrement: the distance of the mean from its optimum (the MAP, or E_q[grad U] = 0) in posterior sds.
         refined: whether this is the KL-optimal Gaussian.
         elbo: its evidence lower bound, None unless refined.
         notes: what a reader should know: an absent class, a prior that dominates, a bound that was hit.
         class_weights: (K,) of the generalised likelihood, or None.
+        refinement: how ``refine`` went, where it was run in this process.
     """
 
     weight_mean: Tensor
@@ -63,6 +69,7 @@ class Laplace:
     elbo: float | None = None
     notes: tuple[str, ...] = ()
     class_weights: Tensor | None = None
+    refinement: Refinement | None = None
 
     @property
     def structure(self) -> str:
@@ -90,6 +97,15 @@ class Laplace:
     def bias_sd(self) -> Tensor:
         """Marginal posterior sds of the biases, (K,)."""
         return self.covariance.diagonal()[:, -1].sqrt()
+
+    @property
+    def guide(self) -> AutoMultivariateNormal:
+        """This posterior as a Pyro guide over the sites "weight" and "bias" of ``last_layer`` (structure "full")."""
+        if not isinstance(self.covariance, FullCovariance):
+            raise ValueError(f"guide needs structure 'full', this posterior is {self.structure!r}; use sample instead")
+        from bayescam.posterior.guide import last_layer_guide
+
+        return last_layer_guide(self.theta_mean, self.covariance)
 
     def sample(self, num_samples: int, *, seed: int) -> Draws:
         """Draws of weight (1, S, K, D) and bias (1, S, K).
@@ -126,10 +142,30 @@ class Laplace:
         return predictive.gaussian_predict_proba(self, self._features(features), method=method, **options)
 
     def _features(self, features: Tensor | np.ndarray) -> Tensor:
-        rows = torch.as_tensor(features).to(self.weight_mean)
-        if rows.dim() != 2 or rows.shape[1] != self.num_features:
-            raise ValueError(f"features must be (N, {self.num_features}), got {tuple(rows.shape)}")
-        return rows
+        return check_rows(features, self.num_features, self.weight_mean)
+
+    def refine(
+        self,
+        features: Tensor | np.ndarray,
+        labels: Tensor | np.ndarray,
+        *,
+        group: ProcessGroup | None = None,
+        num_points: int | None = None,
+    ) -> Laplace:
+        """The Gaussian of this structure nearest to the posterior in KL(q || posterior), started from this one.
+
+        Args:
+            features: phi (N, D), the training features that this posterior was fitted on.
+            labels: (N,), theirs.
+            group: a torch.distributed process group; features and labels are then this rank's shard.
+            num_points: of the quasi-Monte Carlo rule for each image's expectations; 1,024 or fewer without it.
+        """
+        images = check_images(
+            features, labels, num_classes=self.num_classes, class_weights=self.class_weights, group=group
+        )
+        if images.num_features != self.num_features:
+            raise ValueError(f"features must be (N, {self.num_features}), got {tuple(images.features.shape)}")
+        return refinement.refine(self, images, num_points=num_points)
 
     def to(self, device: torch.device | str) -> Laplace:
         """The same posterior on another device."""
@@ -198,6 +234,7 @@ def fit_laplace(
     structure: str = "full",
     class_weights: Tensor | np.ndarray | None = None,
     group: ProcessGroup | None = None,
+    bracket: tuple[float, float] = BRACKET,
 ) -> Laplace:
     """The Laplace posterior of a last layer on frozen features: MAP, Hessian there, Gaussian.
 
@@ -205,11 +242,13 @@ def fit_laplace(
         features: phi (N, D), a tensor, array or memory map; float32 or float64 (float16 is computed in float32).
         labels: (N,) whole numbers in 0..K-1.
         num_classes: K; one more than the largest label without it.
-        prior_precision: tau, or "evidence" to choose it by the marginal likelihood.
+        prior_precision: tau; "evidence" chooses it by Laplace's marginal likelihood, the MAP re-fitted at every value tried;
+            "elbo" by the evidence lower bound of the refined posterior, to be trusted where Laplace is not.
         structure: "full", "kron" or "diag".
         class_weights: (K,) positive; the likelihood of image n is then raised to class_weights[y_n], alike in MAP,
             Hessian and evidence.
         group: a torch.distributed process group; features and labels are then this rank's shard.
+        bracket: the smallest and largest tau that "evidence" and "elbo" may choose.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
@@ -217,23 +256,65 @@ def fit_laplace(
     """
     if structure not in STRUCTURES:
         raise ValueError(f"structure is {structure!r}; choose one of {', '.join(STRUCTURES)}")
+    if isinstance(prior_precision, str) and prior_precision not in CRITERIA:
+        raise ValueError(
+            f"prior_precision is {prior_precision!r}; give a positive number or one of {', '.join(CRITERIA)}"
+        )
+    tau = None if isinstance(prior_precision, str) else check_prior_precision(prior_precision)
     images = check_images(features, labels, num_classes=num_classes, class_weights=class_weights, group=group)
     weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float64).to(images.device)
-    gram = feature_gram(images)
-    tau = check_prior_precision(prior_precision)  # type: ignore[arg-type]
-    return laplace_at(images, find_map(images, tau, gram), gram, tau, structure, weights)
+    whitener = whitening(images)
+    if tau is not None:
+        return laplace_at(images, find_map(images, tau, whitener), whitener, tau, structure, weights)
+    return _by_criterion(images, whitener, structure, weights, str(prior_precision), bracket)
+
+
+def _by_criterion(
+    images: TrainingImages,
+    whitener: KronCovariance,
+    structure: str,
+    class_weights: Tensor | None,
+    criterion: str,
+    bracket: tuple[float, float],
+) -> Laplace:
+    """The fit at the tau that maximises log evidence or the refined ELBO."""
+    best: list[Laplace] = []
+    start: Tensor | None = None
+
+    def evaluate(tau: float) -> float:
+        nonlocal start
+        mode = find_map(images, tau, whitener, start=start)
+        start = mode.theta
+        fit = laplace_at(images, mode, whitener, tau, structure, class_weights)
+        score = fit.log_evidence if criterion == "evidence" else _bound(refinement.refine(fit, images))
+        if not best or score > scores[-1]:
+            best[:], scores[:] = [fit], [score]
+        return score
+
+    scores: list[float] = []
+    choice = maximise(evaluate, bracket)
+    fit = best[0]
+    if choice.hit is None:
+        return fit
+    note = f"{criterion} still rises at the {choice.hit} end of the bracket, prior_precision = {fit.prior_precision:g}"
+    return replace(fit, notes=(*fit.notes, note))
+
+
+def _bound(refined: Laplace) -> float:
+    assert refined.elbo is not None
+    return refined.elbo
 
 
 def laplace_at(
     images: TrainingImages,
     mode: MapEstimate,
-    gram: Tensor,
+    whitener: KronCovariance,
     prior_precision: float,
     structure: str,
     class_weights: Tensor | None,
 ) -> Laplace:
     """The Gaussian around a mode, with Laplace's evidence -U + P/2 log 2 pi - log det(H)/2."""
-    covariance = curvature_at(images, mode.theta, gram, prior_precision, structure)
+    covariance = curvature_at(images, mode.theta, whitener, prior_precision, structure)
     log_evidence = -mode.value + mode.theta.numel() / 2 * math.log(2 * math.pi) - covariance.log_det_precision() / 2
     return Laplace(
         mode.theta[:, :-1].contiguous(),
@@ -244,18 +325,35 @@ def laplace_at(
         images.count(),
         float(mode.gradient.norm()),
         mode.decrement,
+        notes=tuple(_notes(images, mode.theta)),
         class_weights=class_weights,
     )
 
 
 def curvature_at(
-    images: TrainingImages, theta: Tensor, gram: Tensor, prior_precision: float, structure: str
+    images: TrainingImages, theta: Tensor, whitener: KronCovariance, prior_precision: float, structure: str
 ) -> Covariance:
     """The inverse Hessian at theta (K, D+1) in one of the structures."""
     probabilities = probabilities_at(theta, images)
     if structure == "full":
         return full_covariance(images, lambda span, phi: pair_products(probabilities(span, phi)), prior_precision)
     if structure == "kron":
-        curvature = class_curvature(images, probabilities)
-        return kron_covariance(gram, curvature, prior_precision, images.weight())
+        whitener = replace(whitener, prior_precision=prior_precision)
+        return whitener.with_classes(class_curvature(images, probabilities), images.weight())
     return diag_covariance(images, probabilities, prior_precision)
+
+
+def _notes(images: TrainingImages, theta: Tensor) -> Iterator[str]:
+    """What the data cannot say: classes without an image, and labels that a plane separates."""
+    counts = images.total(torch.bincount(images.labels, minlength=images.num_classes))
+    for label in (counts == 0).nonzero().flatten().tolist():
+        yield f"class {label} has no training image: the prior alone speaks for it"
+    wrong = torch.zeros((), dtype=torch.int64, device=images.device)
+    for span, phi in images.chunks():
+        logits = torch.addmm(theta[:, -1].to(phi), phi, theta[:, :-1].T.to(phi))
+        wrong += (logits.argmax(-1) != images.labels[span]).sum()
+    if int(images.total(wrong)) == 0:
+        yield (
+            "prior-dominated: the training images are linearly separable, so the likelihood has no maximum and the prior "
+            "sets the scale of the logits"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from bayescam.errors import ConvergenceError
 from bayescam.posterior.covariance import KronCovariance, centring
 from bayescam.posterior.curvature import (
     class_curvature,
+    feature_gram,
     hessian_product,
     kron_covariance,
     probabilities_at,
@@ -45,10 +46,10 @@ class MapEstimate:
     decrement: float
 
 
-def whitening(images: TrainingImages, gram: Tensor, prior_precision: float) -> KronCovariance:
-    """The Kronecker curvature at theta = 0, where every Lambda_n is (I - 11^T/K) / K: the solver's coordinates."""
-    k = images.num_classes
-    return kron_covariance(gram, centring(k, like=gram) / k, prior_precision, 1.0)
+def whitening(images: TrainingImages) -> KronCovariance:
+    """The Kronecker curvature at theta = 0, where every Lambda_n is (I - 11^T/K) / K, with tau = 1: the solver's coordinates."""
+    gram, k = feature_gram(images), images.num_classes
+    return kron_covariance(gram, centring(k, like=gram) / k, 1.0, 1.0)
 
 
 def descend(
@@ -58,26 +59,23 @@ def descend(
 
     In z with theta = V (z / sqrt(b a + tau)) U^T the Hessian is near the identity, so that a few dozen evaluations do.
     """
-    scale = whitener.eigenvalues.rsqrt()
-    left, right = whitener.class_vectors, whitener.feature_vectors
     norm = [math.inf]
 
     def objective(z: np.ndarray) -> tuple[float, np.ndarray]:
-        contrasts = torch.from_numpy(z).to(scale).reshape(scale.shape)
-        theta = left @ (contrasts * scale) @ right.T
+        theta = start + whitener.unwhiten(torch.from_numpy(z).to(start))
         value, gradient = negative_log_joint(theta, images, prior_precision)
-        whitened = (left.T @ gradient @ right) * scale
+        whitened = whitener.whiten_gradient(gradient)
         norm[0] = float(whitened.norm())
-        return float(value), whitened.flatten().cpu().numpy()
+        return float(value), whitened.cpu().numpy()
 
     def stop(intermediate_result: object) -> None:
         if norm[0] < tolerance:
             raise StopIteration
 
-    z = ((left.T @ start @ right) / scale).flatten().cpu().numpy()
+    origin = np.zeros(whitener.eigenvalues.numel())
     options = {"maxcor": 30, "maxiter": _LBFGS_ITERATIONS, "maxfun": 4 * _LBFGS_ITERATIONS, "ftol": 0.0, "gtol": 0.0}
-    best = minimize(objective, z, jac=True, method="L-BFGS-B", callback=stop, options=options)
-    return left @ (torch.from_numpy(best.x).to(scale).reshape(scale.shape) * scale) @ right.T
+    best = minimize(objective, origin, jac=True, method="L-BFGS-B", callback=stop, options=options)
+    return start + whitener.unwhiten(torch.from_numpy(best.x).to(start))
 
 
 def newton_direction(
@@ -109,7 +107,7 @@ def newton_direction(
 def find_map(
     images: TrainingImages,
     prior_precision: float,
-    gram: Tensor,
+    whitener: KronCovariance,
     *,
     start: Tensor | None = None,
     tolerance: float = 1e-3,
@@ -121,14 +119,14 @@ def find_map(
     Args:
         images: the training images.
         prior_precision: tau.
-        gram: A = sum_n w_n phi~_n phi~_n^T, from ``feature_gram``.
+        whitener: the coordinates to solve in, from ``whitening``; its prior precision is replaced.
         start: theta to begin at, (K, D+1); zero without it.
         tolerance: on the Newton decrement.
 
     Raises:
         ConvergenceError: the decrement is still above the tolerance after the last step.
     """
-    whitener = whitening(images, gram, prior_precision)
+    whitener = replace(whitener, prior_precision=prior_precision)
     zero = torch.zeros(images.num_classes, images.num_features + 1, dtype=torch.float64, device=images.device)
     theta = descend(images, whitener, zero if start is None else start, prior_precision, _LBFGS_TOLERANCE)
     for _ in range(_NEWTON_STEPS):

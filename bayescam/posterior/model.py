@@ -39,6 +39,8 @@ def last_layer(
 
     Returns:
         The labels, (N,).
+
+    The site "y" carries features and class weights in its ``infer`` dictionary, where ``AutoLastLayerLaplace`` finds them.
     """
     n, d = features.shape
     sd = torch.as_tensor(prior_precision, dtype=features.dtype, device=features.device).rsqrt()
@@ -50,7 +52,8 @@ def last_layer(
     logits = logits[0] if logits.shape[0] == 1 else logits
     scale = 1.0 if class_weights is None or labels is None else class_weights[labels]
     with pyro.plate("images", n), pyro.poutine.scale(scale=scale):
-        return pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+        told = {"features": features, "class_weights": class_weights}
+        return pyro.sample("y", dist.Categorical(logits=logits), obs=labels, infer=told)
 
 
 def log_prior(theta: Tensor, prior_precision: float) -> Tensor:
