@@ -556,6 +556,7 @@ def _arviz(state: _Run) -> None:
                 obs_ids=[printable(name) for name in part.ids],
                 num_samples=state.config.posterior.num_samples,
                 seed=state.config.seed,
+                prior_precision=state.gaussians["laplace_full"].prior_precision,
             )
             save(data, folder / file)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -32,3 +34,21 @@ def _dataset(draws: np.ndarray) -> xr.Dataset:
     values = np.asarray(draws, dtype=float)
     dims = ["chain", "draw", *(f"dim_{i}" for i in range(values.ndim - 2))]
     return xr.Dataset({"x": (dims, values)})
+
+
+def make_idata(groups: Mapping[str, xr.Dataset]) -> Any:
+    """Groups as ArviZ holds them: ``InferenceData`` before 1.0, ``xarray.DataTree`` since."""
+    if hasattr(az, "InferenceData"):
+        return az.InferenceData(warn_on_custom_groups=False, **groups)
+    return xr.DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
+
+
+def group_names(idata: Any) -> list[str]:
+    """The names of the groups."""
+    return list(idata.groups()) if callable(idata.groups) else [name.strip("/") for name in idata.groups if name != "/"]
+
+
+def get_dataset(idata: Any, group: str) -> xr.Dataset:
+    """One group as a plain Dataset."""
+    node = idata[group]
+    return node if isinstance(node, xr.Dataset) else node.to_dataset()
