@@ -177,7 +177,7 @@ def _add_diagnose(commands: Any) -> None:
 def _diagnose(parsed: argparse.Namespace) -> int:
     import json
 
-    from bayescam.diagnose.convergence import diagnose_run
+    from bayescam.diagnose.diagnosis import diagnose_run
 
     diagnosis = diagnose_run(parsed.run)
     print(json.dumps(diagnosis.to_dict(), indent=1) if parsed.json else diagnosis.text())
