@@ -63,13 +63,17 @@ def hardware_solids(body: Body, exam: Examination) -> Solids:
 def _nearest_shaft(body: Body) -> tuple[Array, Array, float]:
     best = None
     for one in body.bones:
+        if one.name == "scapula" or one.name.startswith("rib"):
+            continue
         for row in np.flatnonzero(one.spongy < 0.08):
             start, end = one.outer.start[row], one.outer.end[row]
             distance = float(np.hypot(*((start + end) / 2)[:2]))
             if np.linalg.norm(end - start) > 5 and (best is None or distance < best[0]):
                 best = distance, start, end, float(one.outer.radius_start[row])
     if best is None:
-        raise ValueError("the body has no shaft to hold hardware; give one with a bone whose spongy share is below 0.08")
+        raise ValueError(
+            "the body has no shaft to hold hardware; give one with a bone whose spongy share is below 0.08"
+        )
     return best[1:]
 
 

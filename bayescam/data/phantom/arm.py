@@ -200,14 +200,14 @@ def _forearm(patient: Patient) -> Body:
 
 
 CARPALS: dict[str, tuple[tuple[Point, float, Point, float], ...]] = {
-    "scaphoid": (((8.0, 6.5, 0), 7.4, (16.5, 13.5, 4), 6.2),),
-    "lunate": (((-6.5, 6.0, 0), 7.6, (-4.5, 7.0, 0), 7.4),),
-    "triquetrum": (((-17, 11.5, -2), 6.4, (-20, 15, -2), 5.4),),
-    "pisiform": (((-17.5, 15, 10), 5.2, (-17.5, 17, 10), 5.0),),
-    "trapezium": (((22, 21.5, 4), 6.8, (19.5, 21.5, 4), 6.0),),
-    "trapezoid": (((11.2, 24.2, 0), 6.0, (10.4, 25.5, 0), 5.8),),
-    "capitate": (((0.2, 16, 0), 6.4, (1.6, 26, 0), 7.2),),
-    "hamate": (((-9.4, 19, 0), 5.4, (-11.5, 25.5, 0), 7.2), ((-11, 24, 4), 3.0, (-11, 24, 11), 2.6)),
+    "scaphoid": (((8.2, 6.2, 0), 6.7, (17, 13.5, 4), 5.6),),
+    "lunate": (((-6.8, 6.0, 0), 7.0, (-5, 7.2, 0), 6.8),),
+    "triquetrum": (((-18, 12, -2), 5.8, (-21, 15, -2), 5.0),),
+    "pisiform": (((-17.5, 15, 11), 4.8, (-17.5, 17, 11), 4.6),),
+    "trapezium": (((22.5, 22, 4), 6.1, (20.5, 22, 4), 5.6),),
+    "trapezoid": (((11.4, 24.6, 0), 5.2, (10.6, 26, 0), 5.1),),
+    "capitate": (((0.2, 16.5, 0), 5.6, (0.8, 26.5, 0), 6.2),),
+    "hamate": (((-10.4, 19.5, 0), 4.9, (-12.2, 26, 0), 6.4), ((-11.5, 24, 4), 3.0, (-11.5, 24, 11), 2.6)),
 }
 
 
@@ -230,7 +230,9 @@ def _ray(patient: Patient, name: str, flexion: float, splay: float, hand: Frame)
     """Metacarpal and phalanges of one ray with their frames, from the palm out."""
     base, fan, lengths, breadth = RAYS[name]
     stretch = patient.proportion[3 + FINGERS.index(name)] ** 0.5
-    frame = hand.then(turn("z", -fan * (0.75 + 0.25 * splay)) @ turn("y", 35.0 if name == "thumb" else 0.0), np.array(base))
+    frame = hand.then(
+        turn("z", -fan * (0.75 + 0.25 * splay)) @ turn("y", 35.0 if name == "thumb" else 0.0), np.array(base)
+    )
     placed: list[tuple[Body, Frame]] = []
     widths = (1.0, 0.82, 0.7, 0.62) if len(lengths) == 4 else (1.0, 0.85, 0.75)
     for index, length in enumerate(lengths):
@@ -247,7 +249,7 @@ def _ray(patient: Patient, name: str, flexion: float, splay: float, hand: Frame)
 def _tubular(patient: Patient, finger: str, index: int, last: bool, length: float, wide: float) -> Body:
     """A metacarpal (index 0) or phalanx along y from 0 to ``length``, with the joint at its base."""
     home = "hand" if index == 0 else "finger"
-    base, shaft, head = (8.2, 4.4, 7.4) if index == 0 else (8.2, 4.6, 6.2)
+    base, shaft, head = (6.7, 4.3, 7.2) if index == 0 else (8.0, 4.6, 6.2)
     base, shaft, head = base * wide, shaft * wide, (head if not last else 5.0) * wide
     gap = 0.9
     rods = [
@@ -260,11 +262,17 @@ def _tubular(patient: Patient, finger: str, index: int, last: bool, length: floa
         rods[2] = rods[2]._replace(radius_start=shaft * 0.72, flat=(1, 0.7, 0.6))
     names = ("metacarpal", "proximal phalanx", "middle phalanx", "distal phalanx")
     name = names[3] if last else names[index]
-    flesh = (13.0, 10.2, 9.2, 8.2)[index if not last else 3] * patient.build**0.5 * (1.08 if finger == "thumb" else wide**0.3)
+    flesh = (
+        (13.0, 10.2, 9.2, 8.2)[index if not last else 3]
+        * patient.build**0.5
+        * (1.08 if finger == "thumb" else wide**0.3)
+    )
     tip = flesh * 0.93 if last else flesh * 0.97
     tissue = [Rod(home, (0, 0, 0), flesh, (0, length - (0 if not last else 4), 0), tip, flat=(1, 1, 0.95))]
     if index == 0 and finger != "thumb":
-        tissue = [Rod(home, (0, 0, 1), 15 * patient.build**0.5, (0, length, 1), 13.5 * patient.build**0.5, flat=(1, 1, 0.9))]
+        tissue = [
+            Rod(home, (0, 0, 1), 15 * patient.build**0.5, (0, length, 1), 13.5 * patient.build**0.5, flat=(1, 1, 0.9))
+        ]
     plates = []
     if patient.growing:
         at = 0.14 * length if index else 0.82 * length

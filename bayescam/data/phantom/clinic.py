@@ -27,17 +27,17 @@ VIEWS = {
     "knee": ("AP", "lateral"),
 }
 TURN = {"AP": 0.0, "PA": 0.0, "DP": 0.0, "internal": 0.0, "Grashey": -32.0, "oblique": 42.0, "lateral": 90.0}
-# field of view (long side) in mm for a grown man, and how far its centre slides along and across the limb (sd, in fields)
+# field of view: long side in mm for a grown man; its spread (sd of the log); how far its centre slides (sd, in fields)
 FIELD = {
-    "elbow": (200.0, 0.10),
-    "finger": (108.0, 0.10),
-    "forearm": (290.0, 0.13),
-    "hand": (215.0, 0.07),
-    "humerus": (320.0, 0.12),
-    "shoulder": (235.0, 0.08),
-    "wrist": (150.0, 0.12),
-    "foot": (285.0, 0.05),
-    "knee": (230.0, 0.07),
+    "elbow": (200.0, 0.15, 0.13),
+    "finger": (120.0, 0.26, 0.15),
+    "forearm": (285.0, 0.16, 0.15),
+    "hand": (205.0, 0.18, 0.13),
+    "humerus": (315.0, 0.15, 0.14),
+    "shoulder": (235.0, 0.14, 0.12),
+    "wrist": (150.0, 0.15, 0.13),
+    "foot": (285.0, 0.12, 0.05),
+    "knee": (230.0, 0.12, 0.07),
 }
 # segments that can come into the picture
 REACH = {
@@ -94,7 +94,15 @@ class Examination:
 
 
 def examine(
-    rng: np.random.Generator, patient: Patient, part: str, view: str, side: str, *, size: int, difficulty: float, shortcut: float
+    rng: np.random.Generator,
+    patient: Patient,
+    part: str,
+    view: str,
+    side: str,
+    *,
+    size: int,
+    difficulty: float,
+    shortcut: float,
 ) -> Examination:
     """Draw how ``part`` of ``patient`` is pictured.
 
@@ -109,13 +117,16 @@ def examine(
         shortcut: the probability that letter and corner of the marker are the class's own instead of chance.
     """
     spread = 2 * difficulty
-    field_size = FIELD[part][0] * patient.size * float(np.exp(rng.normal(0.0, 0.05 + 0.09 * spread)))
-    slide = rng.normal(0, 1, 2) * FIELD[part][1] * spread * np.array([0.5, 1.0]) * field_size
+    usual, zoom, reach = FIELD[part]
+    field_size = usual * patient.size * float(np.exp(rng.normal(0.0, zoom * (0.25 + 0.75 * spread))))
+    slide = rng.normal(0, reach * spread, 2) * np.array([0.5, 1.0]) * field_size
     aspect = rng.uniform(0.72, 1.0)
     shape = (size, max(2 * round(size * aspect / 2), 8))
     half = np.array([field_size * shape[1] / size, field_size]) / 2
     pose, finger = _pose(rng, part, view, spread)
-    upright = 180.0 if part in ("hand", "wrist", "finger") or view == "DP" or (part, view) == ("foot", "oblique") else 0.0
+    upright = (
+        180.0 if part in ("hand", "wrist", "finger") or view == "DP" or (part, view) == ("foot", "oblique") else 0.0
+    )
     spin = upright + rng.normal(0, 3 + 7 * spread) + (180.0 if rng.random() < 0.1 * spread else 0.0)
     collimator = _collimator(rng, half)
     marker = _marker(rng, part, side, half, collimator, shortcut)
@@ -135,7 +146,11 @@ def examine(
         collimator=collimator,
         shutter=bool(rng.random() < 0.75),
         exposure=_exposure(rng, spread),
-        window=(float(rng.uniform(0.01, 0.04)), float(rng.uniform(0.985, 0.999)), float(np.exp(rng.normal(-0.05, 0.06 + 0.1 * spread)))),
+        window=(
+            float(rng.uniform(0.01, 0.04)),
+            float(rng.uniform(0.985, 0.999)),
+            float(np.exp(rng.normal(-0.05, 0.06 + 0.1 * spread))),
+        ),
     )
 
 
@@ -143,7 +158,7 @@ def _pose(rng: np.random.Generator, part: str, view: str, spread: float) -> tupl
     finger = str(rng.choice(FINGERS, p=[0.2, 0.25, 0.25, 0.15, 0.15]))
     curl = np.abs(rng.normal(0, 4 + 6 * spread, 5)) + np.array([12.0, 2, 2, 2, 4])
     if part == "finger" and view != "PA":
-        curl = np.where(np.array(FINGERS) == finger, rng.uniform(2, 18), rng.uniform(60, 85, 5))
+        curl = np.where(np.array(FINGERS) == finger, rng.uniform(2, 18), rng.uniform(80, 100, 5))
         curl[0] = curl[0] if finger == "thumb" else 25.0
     elbow = abs(float(rng.normal(0, 3 + 5 * spread)))
     if part == "elbow" and view == "lateral":

@@ -30,8 +30,14 @@ def knee(patient: Patient, flexion: float) -> Body:
         Rod("knee", (27, 48, -16), 6.6, (22, 220, -14), 6.4, 2.6, 0.05),
     ]
     patella = [Rod("knee", (2, -32, 34), 20, (2, -27, 34), 18, 1.3, 0.32, (1, 1, 0.5))]
-    thigh = [Rod("knee", (2, -230, 0), 78 * fat, (0, -30, 0), 58 * fat), Rod("knee", (0, -40, 8), 56 * fat, (0, 10, 2), 54 * fat)]
-    calf = [Rod("knee", (0, 0, 0), 53 * fat, (2, 110, -8), 55 * fat), Rod("knee", (2, 100, -8), 55 * fat, (0, 260, 0), 40 * fat)]
+    thigh = [
+        Rod("knee", (2, -230, 0), 78 * fat, (0, -30, 0), 58 * fat),
+        Rod("knee", (0, -40, 8), 56 * fat, (0, 10, 2), 54 * fat),
+    ]
+    calf = [
+        Rod("knee", (0, 0, 0), 53 * fat, (2, 110, -8), 55 * fat),
+        Rod("knee", (2, 100, -8), 55 * fat, (0, 260, 0), 40 * fat),
+    ]
     plates = [Rod("knee", (0, -36, 0), 46, (0, -36, 0), 46, flat=(1, 0.03, 1))] if patient.growing else []
     upper = body([bone("femur", femur, density=patient.density), bone("patella", patella)], thigh, plates=plates)
     plates = [Rod("knee", (0, 22, 0), 42, (0, 22, 0), 42, flat=(1, 0.03, 1))] if patient.growing else []
@@ -52,8 +58,14 @@ def foot(patient: Patient, *, leg: bool) -> Body:
             Rod("foot", (0, -8, 200), 13, (0, -8, 62), 14, 3.6, 0.05),
             Rod("foot", (0, -8, 66), 14, (-3, -8, 40), 20, 1.4, 0.27),
         ],
-        "fibula": [Rod("foot", (24, -14, 200), 6.5, (24, -14, 60), 6.5, 2.4, 0.05), Rod("foot", (24, -14, 62), 7, (25, -14, 22), 8, 1.4, 0.2)],
-        "talus": [Rod("foot", (-2, -8, 14), 18, (-4, 2, 10), 16, 1.3, 0.32), Rod("foot", (-4, 2, 8), 13, (-8, 26, 4), 12, 1.3, 0.3)],
+        "fibula": [
+            Rod("foot", (24, -14, 200), 6.5, (24, -14, 60), 6.5, 2.4, 0.05),
+            Rod("foot", (24, -14, 62), 7, (25, -14, 22), 8, 1.4, 0.2),
+        ],
+        "talus": [
+            Rod("foot", (-2, -8, 14), 18, (-4, 2, 10), 16, 1.3, 0.32),
+            Rod("foot", (-4, 2, 8), 13, (-8, 26, 4), 12, 1.3, 0.3),
+        ],
         "calcaneus": [
             Rod("foot", (4, -56, -20), 18, (4, -20, -14), 15, 1.3, 0.28),
             Rod("foot", (4, -20, -14), 15, (12, 18, -14), 11.5, 1.2, 0.28),
@@ -72,7 +84,13 @@ def foot(patient: Patient, *, leg: bool) -> Body:
     ]
     if leg:
         tissue.append(Rod("foot", (4, -10, 230), 40 * fat, (4, -10, 20), 36 * fat))
-    ends = ((-25, 74, -8, -3, 1.55), (-8, 70, -3, 0, 0.95), (5, 70, -4, 4, 0.9), (14, 66, -8, 8, 0.9), (23, 60, -13, 13, 0.95))
+    ends = (
+        (-25, 74, -8, -3, 1.55),
+        (-8, 70, -3, 0, 0.95),
+        (5, 70, -4, 4, 0.9),
+        (14, 66, -8, 8, 0.9),
+        (23, 60, -13, 13, 0.95),
+    )
     lengths = ((60, 32, 26), (72, 26, 12, 10), (69, 24, 11, 10), (67, 22, 10, 10), (66, 20, 8, 9))
     for number, ((x, y, z, fan, wide), segments) in enumerate(zip(ends, lengths, strict=True), 1):
         direction = turn("z", -fan) @ turn("x", -7.0) @ np.array([0.0, 1.0, 0.0])

@@ -61,7 +61,9 @@ def transmission(thickness: Mapping[str, Array], kilovolt: float) -> Array:
         kilovolt: tube voltage in kV.
     """
     weights = spectrum(kilovolt)
-    maps = [(np.asarray(value, np.float32), DENSITY[name] / 10, MASS_ATTENUATION[name]) for name, value in thickness.items()]
+    maps = [
+        (np.asarray(value, np.float32), DENSITY[name] / 10, MASS_ATTENUATION[name]) for name, value in thickness.items()
+    ]
     total = np.zeros(maps[0][0].shape, np.float32)
     for index, weight in enumerate(weights):
         if weight == 0:

@@ -42,7 +42,10 @@ class Canvas:
     def touched(self, boxes: Array) -> NDArray[np.bool_]:
         """Which boxes (n, 4) reach into the picture."""
         return (
-            (boxes[:, 0] < self.x[-1]) & (boxes[:, 2] > self.x[0]) & (boxes[:, 1] < self.y[-1]) & (boxes[:, 3] > self.y[0])
+            (boxes[:, 0] < self.x[-1])
+            & (boxes[:, 2] > self.x[0])
+            & (boxes[:, 1] < self.y[-1])
+            & (boxes[:, 3] > self.y[0])
         )
 
     def inside(self, box: tuple[float, float, float, float]) -> NDArray[np.bool_]:
@@ -89,7 +92,9 @@ def project(body: Body, canvas: Canvas, part: str, without: tuple[str, ...] = ()
             rows, at = np.arange(at, at + len(one.solids)), at + len(one.solids)
             outer = rows[: len(one.homes)][seen[rows[: len(one.homes)]]]
             if len(outer):
-                _add_bone(one, outer - rows[0], rays, boxes, rows[0], canvas, part, (cortical, spongy, occupied), evidence)
+                _add_bone(
+                    one, outer - rows[0], rays, boxes, rows[0], canvas, part, (cortical, spongy, occupied), evidence
+                )
     if body.plates is not None:
         cut = np.minimum(chords(body.plates, canvas), occupied) / np.maximum(occupied, 1e-3)
         cortical *= 1 - cut

@@ -131,7 +131,9 @@ class Rays:
         ball = self.v1**2 + self.v3**2 + self.slope**2 < _TINY
         end_on = ~ball & (a <= 1e-6 * self.v3**2 + _TINY)
         regular = ~(ball | end_on)
-        a, v1, v3, k = (np.where(regular, value, rest) for value, rest in ((a, 1), (self.v1, 0), (self.v3, 0), (self.slope, 0)))
+        a, v1, v3, k = (
+            np.where(regular, value, rest) for value, rest in ((a, 1), (self.v1, 0), (self.v3, 0), (self.slope, 0))
+        )
         u, w, depth = _planes(self.plane, x, y)
         peak = _column(self.radius**2) - u * u - w * w
         middle = u * _column(v1 / a) + _column(self.radius * k / a)
