@@ -80,5 +80,7 @@ def test_blur_spreads_by_its_width_and_keeps_photons():
 
 def test_density_and_window():
     counts = np.array([[0.0, 1.0, 100.0, 1000.0]])
-    np.testing.assert_allclose(physics.optical_density(counts, 1000), [[np.log(1000), np.log(1000), np.log(10), 0]], atol=1e-6)
+    np.testing.assert_allclose(
+        physics.optical_density(counts, 1000), [[np.log(1000), np.log(1000), np.log(10), 0]], atol=1e-6
+    )
     np.testing.assert_allclose(physics.windowed(np.array([-1.0, 1.0, 2.0, 9.0]), 1, 5, 0.5), [0, 0, 0.5, 1])

@@ -59,7 +59,9 @@ def test_random_tapered_and_flattened_capsules_agree_with_marching(seed):
     np.testing.assert_allclose(chord(solid, x, y)[0], marched(solid, 0, x, y), atol=0.2)
 
 
-@pytest.mark.parametrize(("end", "r0", "r1"), [((0, 0, 12), 6, 2), ((1, 0.5, 9), 7, 3), ((0, 0, -4), 3, 8), ((0, 3, 1), 8, 5)])
+@pytest.mark.parametrize(
+    ("end", "r0", "r1"), [((0, 0, 12), 6, 2), ((1, 0.5, 9), 7, 3), ((0, 0, -4), 3, 8), ((0, 3, 1), 8, 5)]
+)
 def test_capsules_seen_end_on_agree_with_marching(end, r0, r1):
     solid = one((0, 0, 0), end, r0, r1)
     x, y = np.linspace(-9, 8.4, 8), np.linspace(-8.5, 9.5, 7)
