@@ -17,7 +17,7 @@ from tqdm import tqdm
 from bayescam.data.image import ImageError, read_image
 from bayescam.data.pixels import Geometry, Pixels, quantised
 from bayescam.errors import BayescamError
-from bayescam.storage import atomic_path, sha256_of
+from bayescam.storage import atomic_path, printable, sha256_of
 
 Split = Literal["train", "valid", "test"]
 _CACHE_VERSION = 1
@@ -227,6 +227,25 @@ def _in_threads(work: Callable[..., _T], items: Sequence, num_workers: int, desc
         results = pool.map(work, items)
         bar = tqdm(results, total=len(items), desc=description, unit="image", disable=None if description else True)
         return list(bar)
+
+
+def check_classes(classes: Sequence[str], place: Path) -> None:
+    """Refuse class names that no classifier can be made of.
+
+    Raises:
+        DataError: none, only one, or two that differ by case alone.
+    """
+    if not classes:
+        raise DataError(f"{place}: no images in it; bayescam data --help says what is read")
+    if len(classes) == 1:
+        raise DataError(f"{place}: only one class ({printable(classes[0])!r}); a classifier needs at least two")
+    seen: dict[str, str] = {}
+    for name in classes:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            raise DataError(
+                f"{place}: classes {printable(other)!r} and {printable(name)!r} differ by case alone; rename one"
+            )
 
 
 def cache_folder() -> Path:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from bayescam.data.dataset import DataError, Radiograph, RadiographDataset
+from bayescam.data.dataset import DataError, Radiograph, RadiographDataset, check_classes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom")
 _CLUTTER_FOLDERS = ("__macosx",)
@@ -36,10 +36,7 @@ def open_folder(root: Path, *, name: str | None = None, licence: str = "the user
     classes = tuple(sorted(set(found.values())))
     if not classes:
         raise DataError(f"--data {root}: no images in it; expected {root}/<class>/<image>.png")
-    if len(classes) == 1:
-        raise DataError(
-            f"--data {root}: only one class ({classes[0]!r}); a classifier needs at least two class folders"
-        )
+    check_classes(classes, root)
     records = tuple(
         Radiograph(obs_id=path.relative_to(root).as_posix(), label=classes.index(label), path=path)
         for path, label in sorted(found.items())
