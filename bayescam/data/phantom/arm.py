@@ -32,7 +32,7 @@ RAYS: dict[str, tuple[Point, float, tuple[float, ...], float]] = {
 
 @dataclass(frozen=True)
 class Pose:
-    """Joint angles in degrees: abduction and rotation of the arm, elbow flexion, wrist deviation and flexion, finger flexion (5,) and splay (scale)."""
+    """Joint angles in degrees; ``fingers`` (5,) their flexion, thumb first; ``splay`` scales how far they spread."""
 
     abduction: float = 0.0
     rotation: float = 0.0

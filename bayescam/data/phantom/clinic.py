@@ -1,8 +1,8 @@
-"""What happens in the X-ray room: which part and view, how it is posed, framed, marked and exposed, and what is worn."""
+"""What happens in the X-ray room: part and view, pose, framing, marker, exposure, and what the patient wears."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -85,7 +85,7 @@ class Examination:
     shutter: bool
     exposure: Exposure
     window: tuple[float, float, float]
-    inverted: bool = field(default=False)
+    inverted: bool = False
 
     @property
     def pixel(self) -> float:

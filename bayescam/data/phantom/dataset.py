@@ -57,8 +57,8 @@ def _drawn(case: Case, seed: int, dials: Dials) -> Simulated:
 def phantom_dataset(num: int, seed: int, **dials: object) -> RadiographDataset:
     """``num`` simulated radiographs of the population ``seed``.
 
-    The same (num, seed, dials) gives the same bytes, and record i does not depend on ``num``. About two and a half pictures
-    a patient; a quarter of the patients appear under two parts.
+    The same (num, seed, dials) gives the same bytes, and record i does not depend on ``num``. There are two to three
+    pictures a patient; a quarter of the patients appear under two parts.
 
     Args:
         num: how many radiographs.

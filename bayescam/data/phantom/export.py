@@ -28,10 +28,10 @@ def export(
 ) -> Path:
     """Write ``num`` simulated radiographs below ``out`` and return the manifest.
 
-    folder: ``<class>/<number>.png``; mura: ``MURA-v1.1/{train,valid}/XR_<CLASS>/patient<p>/study<s>_{positive,negative}/
-    image<m>.png`` with its four CSV files, a study with hardware or a cast being positive. Both have the masks that are not empty
-    below ``masks/`` and ``manifest.csv`` (path, label, patient, study, view, split, mask_<name>...), paths relative to
-    the manifest, split empty in the folder layout.
+    Layout folder: ``<class>/<number>.png``. Layout mura: ``MURA-v1.1/{train,valid}/XR_<CLASS>/patient<p>/
+    study<s>_{positive,negative}/image<m>.png`` with its four CSV files; a study with hardware or a cast is positive.
+    Both have those masks that are not empty below ``masks/``, and ``manifest.csv`` (path, label, patient, study, view,
+    split, mask_<name>...) with paths relative to itself; the folder layout has no official split.
 
     Raises:
         DataError: ``out`` exists and is not an empty folder.

@@ -1,4 +1,4 @@
-"""Knee and foot: parts no network here is trained on, for out-of-distribution tests. Frames as in the arm; z is anterior."""
+"""Knee and foot, which no network here is trained on: for out-of-distribution tests. Frames as in the arm."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def knee(patient: Patient, flexion: float) -> Body:
 
 
 def foot(patient: Patient, *, leg: bool) -> Body:
-    """A right foot flat on the ground, with the ``leg`` above it or without: toes along y, sole towards -z, big toe at -x."""
+    """A right foot flat on the ground, with the ``leg`` or without: toes along y, sole towards -z, big toe at -x."""
     fat = patient.build**0.5
     rods = {
         "tibia": [

@@ -1,7 +1,8 @@
 """From thickness to grey values: polyenergetic Beer-Lambert, scatter, detector blur, Poisson noise, logarithm, window.
 
-Mass attenuation coefficients: J. H. Hubbell and S. M. Seltzer, "Tables of X-Ray Mass Attenuation Coefficients", NISTIR 5632,
-NIST Standard Reference Database 126, tables 3 (titanium, iron, lead) and 4 (cortical bone and soft tissue after ICRU 44).
+Mass attenuation coefficients: J. H. Hubbell and S. M. Seltzer, "Tables of X-Ray Mass Attenuation Coefficients",
+NISTIR 5632, NIST Standard Reference Database 126, tables 3 (titanium, iron, lead) and 4 (cortical bone and soft tissue
+after ICRU 44).
 Gypsum (CaSO4 2H2O) is the mass-weighted sum of its elements.
 """
 
@@ -90,9 +91,8 @@ def with_scatter(primary: Array, exposure: Exposure, pixel: float) -> Array:
 def detected(signal: Array, exposure: Exposure, pixel: float, normal: Array) -> Array:
     """Photon counts: the blurred signal's Poisson quantiles at the standard normals ``normal`` (H, W).
 
-    N = round(l + sqrt(l) z + (z^2 - 1) / 6), the Cornish-Fisher quantile of a Poisson of mean l: with the noise given as
-    common random numbers, pictures that differ in one structure share their noise elsewhere. ``normal`` of zeros
-    with no rounding loss is the noiseless picture.
+    N = round(l + sqrt(l) z + (z^2 - 1) / 6), the Cornish-Fisher quantile of a Poisson of mean l (Cornish and Fisher
+    1938): with the noise given as common random numbers, pictures that differ in one structure share it elsewhere.
     """
     mean = exposure.photons * ndimage.gaussian_filter(signal, exposure.blur_width / pixel, mode="nearest", truncate=3)
     return np.maximum(np.rint(mean + np.sqrt(mean) * normal + (normal * normal - 1) / 6), 0).astype(np.float32)

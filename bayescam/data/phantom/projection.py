@@ -1,4 +1,4 @@
-"""Project a body: millimetres of bone, soft tissue and air behind every pixel, and which structure threw which shadow."""
+"""Project a body: millimetres of bone, soft tissue and air behind every pixel, and whose shadow it is."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Shadow:
-    """Maps (H, W) in mm: ``cortical`` and ``spongy`` bone, whole bones (``occupied``), ``tissue`` envelope, ``air``; masks."""
+    """Maps (H, W): mm of ``cortical`` and ``spongy`` bone, whole bones (``occupied``), ``tissue`` and ``air``; masks."""
 
     cortical: Array
     spongy: Array

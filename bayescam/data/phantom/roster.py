@@ -15,8 +15,8 @@ from bayescam.data.phantom.patient import Patient
 class Dials:
     """What can be turned. Every dial but ``without`` changes the pictures' distribution.
 
-    ``size``: pixels of the long side; ``difficulty``: 0 easy, 0.5 the standard, 1 hard; ``shortcut``: the share of pictures
-    whose marker tells the class; ``parts``: the classes; ``bits``: 8 or 16; ``monochrome1``: the share of pictures with
+    ``size``: pixels of the long side; ``difficulty``: 0 easy, 0.5 the standard, 1 hard; ``shortcut``: the share of
+    pictures whose marker tells the class; ``parts``: the classes; ``bits``: 8 or 16; ``monochrome1``: the share of pictures with
     dark bones; ``without``: names of bones, "marker", "hardware" or "cast" to leave out.
     """
 
@@ -44,7 +44,7 @@ class Dials:
 
 @dataclass(frozen=True)
 class Case:
-    """One entry of the roster: picture ``index`` is ``view`` of ``part`` of a patient, in their study number ``study``."""
+    """One entry of the roster: picture ``index`` is ``view`` of ``part`` of a patient, in their study ``study``."""
 
     index: int
     patient: int
@@ -57,7 +57,8 @@ class Case:
 def roster(num: int, seed: int, dials: Dials) -> Iterator[Case]:
     """The first ``num`` cases: patients in turn, one or two studies each, one to three views a study.
 
-    Every run of as many patients as there are parts has each part once, as first study; a quarter come back with another part.
+    Every run of as many patients as there are parts has each part once, as first study; a quarter of the patients come
+    back with another part.
     """
     if num < 1:
         raise ValueError(f"num is {num}; ask for at least one radiograph")

@@ -23,7 +23,7 @@ LEAK = 0.004  # share of the beam that passes the collimator's leaves
 
 @dataclass(frozen=True)
 class Simulated:
-    """One simulated radiograph: ``image`` (H, W) float32 in [0, 1], ``masks`` name -> bool (H, W), and how it came about."""
+    """One simulated radiograph: ``image`` (H, W) float32 in [0, 1], ``masks`` name -> bool (H, W), and its making."""
 
     case: Case
     patient: Patient
@@ -33,7 +33,7 @@ class Simulated:
 
 
 def simulate(num: int, seed: int, dials: Dials | None = None) -> Iterator[Simulated]:
-    """The first ``num`` radiographs of the population ``seed``, one after the other; image i does not depend on ``num``."""
+    """The first ``num`` radiographs of the population ``seed`` in turn; image i does not depend on ``num``."""
     dials = dials or Dials()
     for case in roster(num, seed, dials):
         yield radiograph(case, seed, dials)
@@ -113,5 +113,5 @@ def _limits(exam: Examination, canvas: Canvas, density: Array, extra: dict[str, 
 
 
 def twin(case: Case, seed: int, dials: Dials, *without: str) -> Simulated:
-    """The same radiograph with the named structures removed: bones become soft tissue, worn things air; noise is kept."""
+    """The same radiograph without the named structures: bones become soft tissue, worn things air; noise is kept."""
     return radiograph(case, seed, replace(dials, without=(*dials.without, *without)))

@@ -1,8 +1,8 @@
 """Tapered capsules and ellipsoids, and the length of a ray inside them, in closed form.
 
-A solid is the convex hull of two balls in an affine metric, {x : |M (x - c(t))| <= r(t) for some t in [0, 1]} with centre
-c(t) = c0 + t (c1 - c0) and radius r(t) = r0 + t (r1 - r0). Equal centres give an ellipsoid, equal radii a capsule, M = 1 a
-round cone. Rays run along z (parallel beam); x points right, y down, all lengths are in millimetres.
+A solid is the convex hull of two balls in an affine metric, {x : |M (x - c(t))| <= r(t) for some t in [0, 1]} with
+centre c(t) = c0 + t (c1 - c0) and radius r(t) = r0 + t (r1 - r0). Equal centres give an ellipsoid, equal radii a capsule,
+M = 1 a round cone. Rays run along z (parallel beam); x points right, y down, all lengths are in millimetres.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Solids:
         )
 
     def shrunk(self, depth: Array) -> Solids:
-        """The solids inside, ``depth`` (n,) mm below the surface along the metric's unit axis; empty ones have radius 0."""
+        """The solids inside, ``depth`` (n,) mm below the surface where the metric is 1; empty ones have radius 0."""
         return Solids(
             self.start,
             self.end,
@@ -80,7 +80,7 @@ def stack(parts: Sequence[Solids]) -> Solids:
 
 @dataclass(frozen=True)
 class Rays:
-    """What n solids are to rays along z: ``plane`` (3, n, 3) coefficients of (x, y, 1) for u, w and depth, (n,) the rest.
+    """What n solids are to rays along z: ``plane`` (3, n, 3) coefficients of (x, y, 1) for u, w, depth; (n,) the rest.
 
     u and w are lateral coordinates in the metric, u along the solid's axis (v1, 0, v3); k is the slope of the radius,
     ``stretch`` the metric's length of a millimetre along the ray.
@@ -149,16 +149,16 @@ class Rays:
             inside = np.maximum(peak - a_ * (t - middle) ** 2, 0)
             ends.append(v3_ * t - np.sqrt(inside) if sign < 0 else v3_ * t + np.sqrt(inside))
         low, high = ends
-        for row in np.flatnonzero(end_on):
+        for row in np.flatnonzero(end_on).tolist():
             low[row], high[row], hit[row] = self._end_on(row, u[row], w[row])
         scale = _column(1 / self.stretch)
         low, high = (low - depth) * scale, (high - depth) * scale
         return np.where(hit, low, NOWHERE), np.where(hit, np.maximum(high, low), NOWHERE)
 
-    def _end_on(self, row: int, u: Array, w: Array) -> tuple[Array, Array, Array]:
+    def _end_on(self, row: int, u: Array, w: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
         """Entry, exit and hit (H, W) of one solid seen along its axis, one disc inside the other.
 
-        The extremes of v3 t -+ sqrt(q(t)) are then at t = 0, t = 1 or where the derivative vanishes; q is linear or convex.
+        The extremes of v3 t -+ sqrt(q(t)), q linear or convex, are at t = 0, t = 1 or where the derivative vanishes.
         """
         v1, v3, r0, slope = (float(value[row]) for value in (self.v1, self.v3, self.radius, self.slope))
         b, c, curvature = r0 * slope + u * v1, r0**2 - u * u - w * w, slope**2 - v1**2
@@ -179,7 +179,7 @@ class Rays:
         return np.where(hit, low, 0.0), np.where(hit, high, 0.0), hit
 
 
-def _column(values: Array) -> Array:
+def _column(values: NDArray[np.generic]) -> Array:
     return np.asarray(values, np.float32)[:, None, None]
 
 
