@@ -26,6 +26,7 @@ from bayescam.posterior.curvature import (
 from bayescam.posterior.draws import Draws
 from bayescam.posterior.images import TrainingImages, augment, check_images, check_prior_precision, check_rows
 from bayescam.posterior.evidence import BRACKET, maximise
+from bayescam.posterior.laplace_file import SCALARS, STORED, read_laplace_file
 from bayescam.posterior.map import MapEstimate, find_map, whitening
 
 from bayescam.posterior.refine import Refinement
@@ -180,23 +181,15 @@ class Laplace:
     def save(self, path: Path | str) -> None:
         """Write the posterior as one safetensors file; no training data is in it."""
         tensors = {"weight_mean": self.weight_mean, "bias_mean": self.bias_mean}
-        tensors |= {name: value for name, value in vars(self.covariance).items() if name in _STORED[self.structure]}
+        tensors |= {name: value for name, value in vars(self.covariance).items() if name in STORED[self.structure]}
         if self.class_weights is not None:
             tensors["class_weights"] = self.class_weights
-        metadata = {name: getattr(self, name) for name in _SCALARS} | {
+        metadata = {name: getattr(self, name) for name in SCALARS} | {
             "kind": "laplace",
             "structure": self.structure,
             "notes": list(self.notes),
         }
         storage.save_tensors(Path(path), tensors, metadata)
-
-
-_SCALARS = ("prior_precision", "log_evidence", "num_train", "gradient_norm", "newton_decrement", "refined", "elbo")
-_STORED: dict[str, tuple[str, ...]] = {
-    "full": ("precision_cholesky",),
-    "kron": ("class_vectors", "class_values", "feature_vectors", "feature_values"),
-    "diag": ("precision",),
-}
 
 
 def load_laplace(path: Path | str) -> Laplace:
@@ -205,9 +198,9 @@ def load_laplace(path: Path | str) -> Laplace:
     Raises:
         FileFormatError: absent, broken, foreign or of another kind.
     """
-    tensors, metadata = storage.load_tensors(Path(path), kind="laplace")
-    tau, structure = float(metadata["prior_precision"]), metadata["structure"]
-    stored = {name: tensors[name] for name in _STORED[structure]}
+    tensors, facts = read_laplace_file(Path(path))
+    tau, structure = float(facts["prior_precision"]), facts["structure"]
+    stored = {name: tensors[name] for name in STORED[structure]}
     covariance: Covariance
     if structure == "full":
         covariance = FullCovariance(**stored, prior_precision=tau, num_classes=len(tensors["bias_mean"]))
@@ -219,9 +212,9 @@ def load_laplace(path: Path | str) -> Laplace:
         tensors["weight_mean"],
         tensors["bias_mean"],
         covariance,
-        notes=tuple(metadata["notes"]),
+        notes=tuple(facts["notes"]),
         class_weights=tensors.get("class_weights"),
-        **{name: metadata[name] for name in _SCALARS},
+        **{name: facts[name] for name in SCALARS},
     )
 
 
