@@ -290,6 +290,8 @@ READERS: dict[str, tuple[Callable[[Path], Reader], Mutators]] = {
     "comparison": (_comparison_json, [mutate_bytes, mutate_json]),
 }
 
+IN_C: list[str] = []  # readers that a C library could crash: always in a process of their own
+
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 
