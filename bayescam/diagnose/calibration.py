@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -54,3 +56,119 @@ def classification_metrics(
         "ece": float(np.abs(gaps).sum() / len(labels)),
         "brier": float(np.square(probs - one_hot).sum(1).mean()),
     }
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Stated confidence against the share that is right, bin by bin.
+
+    Args:
+        confidence, accuracy: mean of each bin, (B,); nan where it is empty.
+        count: images in it, (B,).
+        ece: sum_b count_b / N |accuracy_b - confidence_b|.
+    """
+
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    count: np.ndarray
+    ece: float
+
+
+def reliability(probs: np.ndarray, labels: np.ndarray, *, num_bins: int = 15) -> Reliability:
+    """Reliability over equal-width confidence bins (lo, hi] (Guo et al. 2017, arXiv:1706.04599).
+
+    Args:
+        probs: (N, K).
+        labels: (N,).
+        num_bins: B.
+    """
+    confidence, bins = _confidence_bins(probs, num_bins)
+    correct = probs.argmax(1) == labels
+    count = np.bincount(bins, minlength=num_bins)
+    with np.errstate(invalid="ignore"):
+        stated = np.bincount(bins, weights=confidence, minlength=num_bins) / count
+        right = np.bincount(bins, weights=correct, minlength=num_bins) / count
+    gaps = np.where(count > 0, np.abs(right - stated), 0)
+    return Reliability(stated, right, count, float((count * gaps).sum() / len(labels)))
+
+
+def consistency_band(
+    probs: np.ndarray, *, num_bins: int = 15, level: float = 0.95, num_resamples: int = 500, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where a bin's share correct would lie if the stated probabilities were true: (low, high), (B,) each.
+
+    Correctness is redrawn as Bernoulli(confidence) (Broecker and Smith 2007, Weather and Forecasting 22).
+    """
+    confidence, bins = _confidence_bins(probs, num_bins)
+    rng = np.random.default_rng(seed)
+    member = np.zeros((len(bins), num_bins))
+    member[np.arange(len(bins)), bins] = 1
+    with np.errstate(invalid="ignore"):
+        shares = (rng.random((num_resamples, len(bins))) < confidence) @ member / member.sum(0)
+    tail = (1 - level) / 2
+    low, high = np.full((2, num_bins), np.nan)
+    filled = member.sum(0) > 0
+    low[filled], high[filled] = np.quantile(shares[:, filled], [tail, 1 - tail], axis=0)
+    return low, high
+
+
+def risk_coverage(probs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Error among the n surest images against n / N, for n = 1..N (El-Yaniv and Wiener 2010, JMLR 11)."""
+    order = np.argsort(-probs.max(1), kind="stable")
+    wrong = (probs.argmax(1) != labels)[order]
+    n = np.arange(1, len(labels) + 1)
+    return n / len(labels), np.cumsum(wrong) / n
+
+
+def _confidence_bins(probs: np.ndarray, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
+    confidence = probs.max(1)
+    return confidence, np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
+
+
+def bootstrap_intervals(
+    probs: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    *,
+    level: float = 0.9,
+    num_resamples: int = 1000,
+    num_bins: int = 15,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Percentile intervals of accuracy, nll, ece and brier when whole groups (patients) are drawn anew.
+
+    Every number is a ratio of sums over images, so a resample is a row of group counts and all of them are one product.
+
+    Args:
+        probs: (N, K).
+        labels: (N,).
+        groups: (N,) names; equal names stay together.
+        level: of the intervals.
+        num_resamples: bootstrap draws.
+        num_bins: of the ECE.
+        seed: of the draws.
+    """
+    names, member = np.unique(groups, return_inverse=True)
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=num_resamples).astype(float)
+    confidence, bins = _confidence_bins(probs, num_bins)
+    correct = (probs.argmax(1) == labels).astype(float)
+    likelihood = np.maximum(probs[np.arange(len(labels)), labels], np.finfo(probs.dtype).tiny)
+    one_hot = np.eye(probs.shape[1])[labels]
+    gap = np.zeros((len(labels), num_bins))
+    gap[np.arange(len(labels)), bins] = correct - confidence
+    columns = np.column_stack(
+        [np.ones(len(labels)), correct, -np.log(likelihood), np.square(probs - one_hot).sum(1), gap]
+    )
+    sums = np.zeros((len(names), columns.shape[1]))
+    np.add.at(sums, member, columns)
+    totals = counts @ sums
+    size = totals[:, 0]
+    values = {
+        "accuracy": totals[:, 1] / size,
+        "nll": totals[:, 2] / size,
+        "brier": totals[:, 3] / size,
+        "ece": np.abs(totals[:, 4:]).sum(1) / size,
+    }
+    tail = (1 - level) / 2
+    return {name: tuple(np.quantile(v, [tail, 1 - tail]).tolist()) for name, v in values.items()}

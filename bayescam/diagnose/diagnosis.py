@@ -1,4 +1,4 @@
-"""``bayescam diagnose RUN``: did NUTS converge, is the Laplace fit sound; each line a pass or a fail with its threshold."""
+"""``bayescam diagnose RUN``: did NUTS converge, is Laplace sound; each line a pass or a fail with its threshold."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ class Diagnosis:
 def diagnose_run(folder: Path) -> Diagnosis:
     """Read the posteriors of a run folder and check them.
 
-    R-hat is rank-normalised and split, ESS bulk and tail (Vehtari et al. 2021); both over the class-centred weights, the
-    log joint and the predicted probabilities, which is what a reader looks at. E-BFMI: Betancourt (2016). A Laplace fit
-    is sound where its Newton decrement is small: the distance of the mean from the MAP in posterior sds.
+    R-hat is rank-normalised and split, ESS bulk and tail (Vehtari et al. 2021); both over the class-centred weights,
+    the log joint and the predicted probabilities, which is what a reader looks at. E-BFMI: Betancourt (2016). A
+    Laplace fit is sound where its Newton decrement is small: the distance of the mean from the MAP in posterior sds.
 
     Raises:
         BayescamError: the folder holds no posteriors.

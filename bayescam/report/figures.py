@@ -1,0 +1,249 @@
+"""The figures of a run: plain arrays in, a matplotlib Figure out; ``write_figures`` makes them from a run folder."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from bayescam.diagnose.calibration import consistency_band, reliability, risk_coverage
+from bayescam.report.cam_figures import gallery_figure
+from bayescam.report.cam_panels import CasePanels, cell_panels
+from bayescam.report.run_files import RunFiles
+from bayescam.report.style import COLOURS, INK, NAMES, QUIET, named_ticks, new_figure, plain, say
+from bayescam.storage import atomic_path
+
+_NUM_WEIGHTS = 12
+
+
+def reliability_figure(probs: Mapping[str, np.ndarray], labels: np.ndarray) -> Figure:
+    """Observed accuracy against stated confidence, one panel a method, with the band that chance alone would fill.
+
+    Args:
+        probs: method -> (N, K).
+        labels: (N,).
+    """
+    figure = new_figure(2.6 * len(probs), 3.1)
+    panels = figure.subplots(1, len(probs), squeeze=False)[0]
+    for axes, (method, values) in zip(panels, probs.items(), strict=True):
+        bins = reliability(values, labels)
+        low, high = consistency_band(values)
+        shown = bins.count > 0
+        plain(axes, title=f"{NAMES.get(method, method)}  ECE {bins.ece:.3f}", x="confidence", y="")
+        axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle=":")
+        axes.vlines(bins.confidence[shown], low[shown], high[shown], color="#d9d9d9", linewidth=7)
+        size = 12 + 90 * bins.count[shown] / bins.count.max()
+        axes.scatter(bins.confidence[shown], bins.accuracy[shown], s=size, color=COLOURS.get(method, INK), zorder=3)
+        axes.set_xlim(0, 1.02)
+        axes.set_ylim(0, 1.02)
+    panels[0].set_ylabel("share correct", fontsize=9)
+    return figure
+
+
+def risk_coverage_figure(probs: Mapping[str, np.ndarray], labels: np.ndarray) -> Figure:
+    """Error among the images kept when the least sure are handed to a person."""
+    figure = new_figure(5.2, 3.4)
+    axes = plain(figure.subplots(), title="Handing over the least sure images", x="share kept", y="error among them")
+    for method, values in probs.items():
+        coverage, risk = risk_coverage(values, labels)
+        axes.plot(coverage, risk, color=COLOURS.get(method, INK), label=NAMES.get(method, method), linewidth=1.4)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def confusion_figure(probs: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Figure:
+    """Counts of test images: rows the truth, columns the most probable class."""
+    k = len(classes)
+    counts = np.zeros((k, k), dtype=int)
+    np.add.at(counts, (labels, probs.argmax(1)), 1)
+    side = 1.9 + 0.45 * k
+    figure = new_figure(side, side)
+    axes = plain(figure.subplots(), title="Confusion, test images", x="most probable", y="truth")
+    axes.grid(False)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for row in range(k):
+        for column in range(k):
+            if counts[row, column]:
+                colour = "white" if share[row, column] > 0.5 else INK
+                say(axes, column, row, str(counts[row, column]), ha="center", va="center", fontsize=8, color=colour)
+    named_ticks(axes, classes, axis="x")
+    named_ticks(axes, classes, axis="y")
+    return figure
+
+
+def training_figure(history: Mapping[str, np.ndarray]) -> Figure:
+    """Loss and accuracy of the network by epoch."""
+    figure = new_figure(6.4, 2.7)
+    left, right = figure.subplots(1, 2)
+    plain(left, title="Cross-entropy", x="epoch", y="nat")
+    plain(right, title="Accuracy", x="epoch", y="share")
+    epochs = history["epoch"] + 1
+    for axes, what in ((left, "loss"), (right, "accuracy")):
+        axes.plot(epochs, history[f"train_{what}"], color=QUIET, label="train (augmented)")
+        axes.plot(epochs, history[f"valid_{what}"], color=INK, label="valid")
+    right.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def agreement_figure(
+    distances: Mapping[str, float], floor: float, limit: float, moments: Mapping[str, tuple[np.ndarray, ...]]
+) -> Figure:
+    """How far each posterior's predictions are from NUTS, and its centred weights beside NUTS's.
+
+    Args:
+        distances: method -> mean total variation to NUTS's predictive.
+        floor: NUTS half against half.
+        limit: what counts as close enough.
+        moments: method -> (mean, sd, NUTS mean, NUTS sd) of the centred weights, (K, D) each.
+    """
+    figure = new_figure(3.4 + 2.9 * len(moments), 3.2)
+    panels = figure.subplots(1, 1 + len(moments), width_ratios=[1.15, *[1] * len(moments)], squeeze=False)[0]
+    bars = plain(panels[0], title="Distance of predictions to NUTS", x="mean total variation", y="")
+    names = list(distances)
+    bars.barh(range(len(names)), [distances[n] for n in names], color=[COLOURS.get(n, INK) for n in names], height=0.6)
+    named_ticks(bars, [NAMES.get(n, n) for n in names], axis="y")
+    bars.invert_yaxis()
+    bars.axvline(limit, color=INK, linewidth=1)
+    bars.axvline(floor, color=QUIET, linewidth=1, linestyle=":")
+    bars.set_xscale("symlog", linthresh=0.01)
+    bars.set_xlim(left=0)
+    bars.set_xlabel("mean total variation (line: close enough; dots: noise floor)", fontsize=8)
+    for axes, (method, (mean, sd, nuts_mean, nuts_sd)) in zip(panels[1:], moments.items(), strict=True):
+        plain(axes, title=f"Centred weights, {NAMES.get(method, method)}", x="NUTS", y="")
+        reach = 1.05 * max(np.abs(mean).max(), np.abs(nuts_mean).max())
+        axes.plot([-reach, reach], [-reach, reach], color=QUIET, linewidth=1, linestyle=":")
+        axes.errorbar(
+            nuts_mean.ravel(),
+            mean.ravel(),
+            xerr=nuts_sd.ravel(),
+            yerr=sd.ravel(),
+            fmt="none",
+            ecolor=COLOURS.get(method, INK),
+            elinewidth=0.35,
+            alpha=0.35,
+        )
+        axes.scatter(nuts_mean.ravel(), mean.ravel(), s=3, color=INK, zorder=3)
+        axes.set_aspect("equal", adjustable="datalim")
+    return figure
+
+
+def weights_figure(
+    moments: Mapping[str, tuple[np.ndarray, np.ndarray]], classes: Sequence[str], *, num_weights: int = _NUM_WEIGHTS
+) -> Figure:
+    """The few centred weights with the largest effect, mean and 90 % interval, one row a weight, one colour a method.
+
+    Args:
+        moments: method -> (mean, sd) of the centred weights, (K, D) each; the last one picks the weights.
+        classes: K names.
+        num_weights: how many rows.
+    """
+    mean, sd = list(moments.values())[-1]
+    order = np.argsort(-np.abs(mean / sd).ravel(), kind="stable")[:num_weights]
+    figure = new_figure(6.4, 1.0 + 0.28 * len(order))
+    axes = plain(figure.subplots(), title="Surest centred weights, mean and 90 % interval", x="logits per unit", y="")
+    offsets = np.linspace(-0.22, 0.22, len(moments))
+    for offset, (method, (m, s)) in zip(offsets, moments.items(), strict=True):
+        axes.errorbar(
+            m.ravel()[order],
+            np.arange(len(order)) + offset,
+            xerr=1.645 * s.ravel()[order],
+            fmt="o",
+            markersize=3,
+            color=COLOURS.get(method, INK),
+            label=NAMES.get(method, method),
+            elinewidth=1.2,
+        )
+    d = mean.shape[1]
+    named_ticks(axes, [f"{classes[i // d]}, feature {i % d}" for i in order], axis="y")
+    axes.invert_yaxis()
+    axes.axvline(0, color=QUIET, linewidth=1)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def trace_figure(lp: np.ndarray, energy: np.ndarray) -> Figure:
+    """The log joint of every chain by draw, and the energies' spread beside their steps (Betancourt 2016).
+
+    Args:
+        lp, energy: (C, S).
+    """
+    figure = new_figure(6.4, 2.5)
+    left, right = figure.subplots(1, 2, width_ratios=[2, 1])
+    plain(left, title="Log joint by draw, one line a chain", x="draw", y="nat")
+    for chain, values in enumerate(lp):
+        left.plot(values, linewidth=0.6, alpha=0.8, color=list(COLOURS.values())[2 + chain % 6])
+    plain(right, title="Energy", x="nat, centred", y="density")
+    centred = (energy - energy.mean(1, keepdims=True)).ravel()
+    right.hist(centred, bins=30, density=True, color="#56B4E9", alpha=0.7, label="energy")
+    right.hist(np.diff(energy, axis=1).ravel(), bins=30, density=True, histtype="step", color=INK, label="its steps")
+    right.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def write_figures(folder: Path) -> list[Path]:
+    """Draw every figure of a run folder into ``figures/`` and return their paths."""
+    files = RunFiles(folder)
+    labels, shown = files.labels, ("cnn", "map_temperature", "laplace_full", "laplace_refined", "nuts")
+    probs = {name: files.probs(name) for name in shown}
+    spread = files.centred_weights()
+    nuts_mean, nuts_sd = spread["nuts"]
+    figures = {
+        "reliability": reliability_figure(probs, labels),
+        "risk_coverage": risk_coverage_figure(probs, labels),
+        "confusion": confusion_figure(files.probs("nuts"), labels, files.classes),
+        "training": training_figure(_history(folder / "history.csv")),
+        "agreement": agreement_figure(
+            {name: _distance(files.probs(name), files.probs("nuts")) for name in COLOURS if name != "nuts"},
+            files.comparison["predictive"]["nuts_half"]["total_variation"],
+            files.tolerance,
+            {n: (*spread[n], nuts_mean, nuts_sd) for n in ("laplace_full", "laplace_refined")},
+        ),
+        "weights": weights_figure({n: spread[n] for n in ("laplace_full", "laplace_refined", "nuts")}, files.classes),
+        "trace": trace_figure(*files.traces()),
+        "cams": gallery_figure(cam_cases(files)),
+    }
+    written = []
+    for name, figure in figures.items():
+        path = folder / "figures" / f"{name}.png"
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=110, format="png")
+        written.append(path)
+    return written
+
+
+def cam_cases(files: RunFiles) -> list[CasePanels]:
+    """The gallery's radiographs with the map of each one's most probable class."""
+    cams = files.cams
+    cases = []
+    for i in range(cams.sizes["obs_id"]):
+        probs = cams["probs"].values[i]
+        k, truth = int(probs.argmax()), int(cams["y"].values[i])
+        right = "right" if k == truth else f"wrong, it is {files.classes[truth]}"
+        cases.append(
+            cell_panels(
+                cams["image"].values[i] / 255,
+                cams["mean"].values[i, k],
+                cams["sd"].values[i, k],
+                label=k,
+                classes=files.classes,
+                probabilities=probs.tolist(),
+                title=f"{files.classes[k]} {probs[k]:.2f} ({right})",
+            )
+        )
+    return cases
+
+
+def _distance(p: np.ndarray, q: np.ndarray) -> float:
+    return float(0.5 * np.abs(p - q).sum(1).mean())
+
+
+def _history(path: Path) -> dict[str, np.ndarray]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}

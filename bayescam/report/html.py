@@ -1,0 +1,99 @@
+"""``report.html``: one file, offline, without a script, made from the run folder alone."""
+
+from __future__ import annotations
+
+import base64
+import tomllib
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from bayescam.diagnose.calibration import bootstrap_intervals
+from bayescam.diagnose.diagnosis import diagnose_run
+from bayescam.report.cam_panels import caption
+from bayescam.report.figures import cam_cases
+from bayescam.report.run_files import RunFiles
+from bayescam.report.style import NAMES
+from bayescam.storage import write_text
+
+HEADLINES = {
+    "laplace": "The Laplace posterior can be believed here.",
+    "refine": "The Laplace posterior cannot be believed here; the refined one can.",
+    "nuts": "Neither Gaussian posterior can be believed here; use NUTS.",
+    "undecided": "Nothing can be said about Laplace: NUTS itself has not converged.",
+}
+_METRICS = ("accuracy", "nll", "ece", "brier")
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write ``report.html`` into a run folder from its files; needs ``figures/`` to be drawn.
+
+    Returns:
+        the report's path.
+
+    Raises:
+        BayescamError: a file of the run is missing or broken.
+    """
+    files = RunFiles(run_folder)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    source = package_files("bayescam.report").joinpath("report.html.j2").read_text(encoding="utf-8")
+    path = Path(run_folder) / "report.html"
+    write_text(path, environment.from_string(source).render(contents(files)))
+    return path
+
+
+def contents(files: RunFiles) -> dict[str, Any]:
+    """Everything the template shows, as plain values."""
+    verdict = files.comparison["verdict"]
+    diagnosis = diagnose_run(files.folder)
+    settings = tomllib.loads((files.folder / "config.toml").read_text(encoding="utf-8"))
+    return {
+        "title": f"bayescam: {files.data['name']}",
+        "verdict": verdict,
+        "headline": HEADLINES[verdict],
+        "words": files.comparison["words"],
+        "data": files.data,
+        "class_counts": [
+            (name, [files.data["counts"][part][name] for part in ("train", "valid", "test")]) for name in files.classes
+        ],
+        "metrics": files.metrics,
+        "rows": metric_rows(files),
+        "tolerance": files.tolerance,
+        "predictive": files.comparison["predictive"],
+        "names": NAMES,
+        "figures": {path.stem: _data_uri(path) for path in sorted((files.folder / "figures").glob("*.png"))},
+        "captions": [caption(case) for case in cam_cases(files)],
+        "cams": {key: _plain(value) for key, value in files.cams.attrs.items()},
+        "checks": diagnosis.checks,
+        "passed": diagnosis.passed,
+        "environment": files.json("environment.json"),
+        "timings": files.json("timings.json")["stages"],
+        "settings": settings,
+    }
+
+
+def metric_rows(files: RunFiles) -> list[dict[str, Any]]:
+    """The metrics of every method with 90 % bootstrap intervals over patients."""
+    patients = files.predictions["patient"].values.astype(str)
+    ids = files.predictions["obs_id"].values.astype(str)
+    groups = [patient or name for patient, name in zip(patients, ids, strict=True)]
+    rows = []
+    for method, values in files.metrics["methods"].items():
+        intervals = bootstrap_intervals(files.probs(method), files.labels, groups)
+        cells = [{"value": values[name], "low": intervals[name][0], "high": intervals[name][1]} for name in _METRICS]
+        rows.append({"method": NAMES.get(method, method), "cells": cells})
+    for column, name in enumerate(_METRICS):
+        best = (max if name == "accuracy" else min)(row["cells"][column]["value"] for row in rows)
+        for row in rows:
+            row["cells"][column]["best"] = row["cells"][column]["value"] == best
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

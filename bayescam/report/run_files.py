@@ -1,0 +1,87 @@
+"""The files of a run folder as the report reads them, each once."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from bayescam.errors import BayescamError
+
+_POSTERIORS = {"laplace_full": "laplace.nc", "laplace_refined": "refined.nc", "nuts": "nuts.nc"}
+
+
+class RunFiles:
+    """What a run folder says, and nothing that it does not."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run."""
+        try:
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BayescamError(f"{self.folder / name}: not readable ({error}); run again") from error
+
+    def dataset(self, name: str, group: str | None = None) -> xr.Dataset:
+        """A NetCDF file of the run, or one group of it, in memory."""
+        try:
+            with xr.open_dataset(self.folder / name, group=group, engine="h5netcdf") as stored:
+                return stored.load()
+        except (OSError, KeyError, ValueError) as error:
+            raise BayescamError(f"{self.folder / name}: not readable ({error}); run again") from error
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        return self.json("metrics.json")
+
+    @cached_property
+    def comparison(self) -> dict[str, Any]:
+        return self.json("comparison.json")
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        return self.json("data.json")
+
+    @cached_property
+    def predictions(self) -> xr.Dataset:
+        return self.dataset("predictions.nc")
+
+    @cached_property
+    def cams(self) -> xr.Dataset:
+        return self.dataset("cams.nc")
+
+    @property
+    def classes(self) -> list[str]:
+        return [str(name) for name in self.metrics["classes"]]
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.predictions["y"].values
+
+    @property
+    def tolerance(self) -> float:
+        """The total variation to NUTS that counts as close enough: max(.01, twice NUTS half against half)."""
+        return max(0.01, 2 * self.comparison["predictive"]["nuts_half"]["total_variation"])
+
+    def probs(self, method: str) -> np.ndarray:
+        """Class probabilities of the test images by one method, (N, K)."""
+        return self.predictions["probs"].sel(method=method).values
+
+    def centred_weights(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Mean and sd of the class-centred weights by posterior, (K, D) each."""
+        found = {}
+        for method, file in _POSTERIORS.items():
+            weight = self.dataset(f"posterior/{file}", "posterior")["weight_centred"]
+            found[method] = (weight.mean(("chain", "draw")).values, weight.std(("chain", "draw")).values)
+        return found
+
+    def traces(self) -> tuple[np.ndarray, np.ndarray]:
+        """lp and energy of NUTS, (C, S)."""
+        stats = self.dataset("posterior/nuts.nc", "sample_stats")
+        return stats["lp"].values, stats["energy"].values
