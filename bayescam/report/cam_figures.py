@@ -97,7 +97,7 @@ def draw_case(
     _sd(axes[2], case, spread, "its posterior sd")
     _chance(axes[3], case, level, "P(evidence > 0)")
     if suppress:
-        _suppressing_key(axes[1], limit)
+        _suppressing_key(top, axes[1], limit)
     else:
         _bar(top, axes[1], SIGNED, Normalize(-limit, limit), "logits")
     _bar(top, axes[2], SPREAD, Normalize(0, spread), "logits")
@@ -265,23 +265,29 @@ def _probabilities(axis: Axes, case: CasePanels, aspect: float) -> None:
     axis.set_title("posterior predictive", fontsize=9, parse_math=False)
 
 
-def _bar(parent: Any, axis: Axes, colours: str, norm: Normalize, unit: str) -> None:
+def _bar(parent: Any, axis: Axes, colours: str, norm: Normalize, unit: str, *, height: float = 0.05) -> Axes:
     bar = parent.colorbar(
-        ScalarMappable(norm, colours), ax=axis, orientation="horizontal", fraction=0.05, pad=0.03, shrink=0.85
+        ScalarMappable(norm, colours),
+        ax=axis,
+        orientation="horizontal",
+        fraction=height,
+        pad=0.03,
+        shrink=0.85,
+        aspect=1 / height,
     )
     bar.set_label(unit, fontsize=7.5)
     bar.ax.tick_params(labelsize=7)
+    return bar.ax
 
 
-def _suppressing_key(axis: Axes, limit: float) -> None:
+def _suppressing_key(parent: Any, axis: Axes, limit: float) -> None:
     """The key of the value-suppressing palette: the mean to the right, sureness of its sign upwards."""
+    key = _bar(parent, axis, SIGNED, Normalize(-limit, limit), "", height=0.15)
+    key.clear()
     steps = np.array([*_SURE[::-1], 0.5])
     mean, sureness = np.meshgrid(np.linspace(-limit, limit, 161)[:-1] + limit / 160, steps)
-    key = axis.inset_axes((0.12, -0.3, 0.76, 0.22))
-    key.set_in_layout(False)
     key.imshow(value_suppressing(mean, sureness, limit), extent=(-limit, limit, 4, 0), aspect="auto")
-    key.set_xlabel("mean, logits", fontsize=7, labelpad=1)
-    key.set_ylabel("P(sign)", fontsize=7, labelpad=1)
+    key.set_xlabel("mean, logits; upwards: P(its sign)", fontsize=7.5)
     key.set_yticks([1, 2, 3], [f"{step:g}" for step in steps[:-1]])
     key.tick_params(labelsize=6, length=2)
 
@@ -298,6 +304,7 @@ def _frame(axis: Axes, title: str) -> None:
     for spine in axis.spines.values():
         spine.set_color("0.8")
         spine.set_linewidth(0.5)
+    axis.set_anchor("N")
     axis.set_title(title, fontsize=8.5, parse_math=False)
 
 
