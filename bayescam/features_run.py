@@ -173,9 +173,7 @@ def _prepare(out: Path, settings: dict[str, Any], *, resume: bool, overwrite: bo
 def _standardised(table: FeatureTable) -> FeatureTable:
     mean, sd = table.features.mean(0), table.features.std(0)
     sd[sd == 0] = 1
-    return replace(
-        table, features=(table.features - mean) / sd, test_features=(table.test_features - mean) / sd
-    )
+    return replace(table, features=(table.features - mean) / sd, test_features=(table.test_features - mean) / sd)
 
 
 @contextmanager
@@ -191,9 +189,7 @@ def _fit(table: FeatureTable, settings: FeaturesSettings, seconds: dict[str, flo
 
     k = len(table.classes)
     with _timed("laplace_full", seconds):
-        full = fit_laplace(
-            table.features, table.labels, num_classes=k, prior_precision=settings.prior_precision
-        )
+        full = fit_laplace(table.features, table.labels, num_classes=k, prior_precision=settings.prior_precision)
     gaussians = {}
     for structure in ("diag", "kron"):
         with _timed(f"laplace_{structure}", seconds):
@@ -234,9 +230,7 @@ def _sample(
         )
 
 
-def _metrics(
-    table: FeatureTable, gaussians: dict[str, Laplace], chains: dict[str, Nuts]
-) -> dict[str, Any]:
+def _metrics(table: FeatureTable, gaussians: dict[str, Laplace], chains: dict[str, Nuts]) -> dict[str, Any]:
     import torch
 
     from bayescam.diagnose.calibration import classification_metrics
@@ -281,6 +275,8 @@ def _save_posteriors(
     chains: dict[str, Nuts],
     settings: FeaturesSettings,
 ) -> None:
+    import torch
+
     from bayescam.diagnose.inference_data import save, to_inference_data
 
     folder = out / "posterior"
@@ -293,8 +289,8 @@ def _save_posteriors(
         posterior.save(folder / f"{name}.safetensors")
         data = to_inference_data(
             posterior,
-            table.test_features,
-            table.test_labels,
+            torch.as_tensor(table.test_features),
+            torch.as_tensor(table.test_labels),
             classes=list(table.classes),
             obs_ids=[f"row-{i}" for i in table.test_rows],
             num_samples=settings.num_laplace_samples,
