@@ -111,6 +111,7 @@ def _shoulder(patient: Patient) -> Body:
     tissue = [
         Rod(home, (-112, 60, 0), 88 * fat, (-112, 240, 0), 95 * fat, flat=(1, 1, 0.75)),
         Rod(home, (-30, -24, -4), 26 * fat, (-150, -80, -4), 42 * fat, flat=(1, 1, 0.8)),
+        Rod(home, (-60, 0, 0), 50 * fat, (-160, 0, 0), 78 * fat, flat=(1, 1, 0.8)),
         Rod(home, (-20, 10, 0), 48 * fat, (-70, 60, 0), 55 * fat, flat=(1, 1, 0.8)),
     ]
     air = [Rod(home, (-150, 12, 0), 44, (-156, 240, 0), 66, flat=(1, 1, 0.75))]

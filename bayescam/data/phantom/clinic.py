@@ -30,7 +30,7 @@ TURN = {"AP": 0.0, "PA": 0.0, "DP": 0.0, "internal": 0.0, "Grashey": -32.0, "obl
 # field of view: long side in mm for a grown man; its spread (sd of the log); how far its centre slides (sd, in fields)
 FIELD = {
     "elbow": (200.0, 0.15, 0.13),
-    "finger": (120.0, 0.26, 0.15),
+    "finger": (104.0, 0.24, 0.14),
     "forearm": (285.0, 0.16, 0.15),
     "hand": (205.0, 0.18, 0.13),
     "humerus": (315.0, 0.15, 0.14),
@@ -223,7 +223,7 @@ def posed(patient: Patient, exam: Examination) -> Body:
         "forearm": ("forearm", (2.0, 122.0, 0.0)),
         "wrist": ("hand", (2.0, 2.0, 0.0)),
         "hand": ("hand", (4.0, 84.0, 0.0)),
-        "finger": (f"{exam.finger} {1 if exam.finger == 'thumb' else 2}", (0.0, 2.0, 0.0)),
+        "finger": (f"{exam.finger} {1 if exam.finger == 'thumb' else 2}", (0.0, 5.0, 0.0)),
     }[exam.part]
     return _facing(limb, frames[frame], np.array(pivot), patient, exam)
 

@@ -62,7 +62,7 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Shadow:
-    """Maps (H, W): mm of ``cortical`` and ``spongy`` bone, whole bones (``occupied``), ``tissue`` and ``air``; masks."""
+    """Maps (H, W): mm of ``cortical`` and ``spongy`` bone, bone organs (``occupied``), ``tissue``, ``air``; masks."""
 
     cortical: Array
     spongy: Array

@@ -16,8 +16,8 @@ class Dials:
     """What can be turned. Every dial but ``without`` changes the pictures' distribution.
 
     ``size``: pixels of the long side; ``difficulty``: 0 easy, 0.5 the standard, 1 hard; ``shortcut``: the share of
-    pictures whose marker tells the class; ``parts``: the classes; ``bits``: 8 or 16; ``monochrome1``: the share of pictures with
-    dark bones; ``without``: names of bones, "marker", "hardware" or "cast" to leave out.
+    pictures whose marker tells the class; ``parts``: the classes; ``bits``: 8 or 16; ``monochrome1``: the share of
+    pictures with dark bones; ``without``: names of bones, "marker", "hardware" or "cast" to leave out.
     """
 
     size: int = 128

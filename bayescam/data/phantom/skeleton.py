@@ -16,8 +16,8 @@ Point = tuple[float, float, float]
 class Rod(NamedTuple):
     """One tapered capsule (start = end: an ellipsoid) of a bone, in mm.
 
-    ``home`` is the part whose picture it characterises; ``cortex`` the shell's thickness; ``spongy`` the bone fraction
-    of what the shell holds (about 0.3 in ends, little in shafts); ``flat`` scales the solid's half widths along x, y, z.
+    ``home`` is the part whose picture it characterises; ``cortex`` the shell's thickness; ``spongy`` the bone share
+    of what the shell holds (about 0.3 in ends, little in shafts); ``flat`` scales the half widths along x, y, z.
     """
 
     home: str

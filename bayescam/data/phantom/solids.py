@@ -1,8 +1,8 @@
 """Tapered capsules and ellipsoids, and the length of a ray inside them, in closed form.
 
 A solid is the convex hull of two balls in an affine metric, {x : |M (x - c(t))| <= r(t) for some t in [0, 1]} with
-centre c(t) = c0 + t (c1 - c0) and radius r(t) = r0 + t (r1 - r0). Equal centres give an ellipsoid, equal radii a capsule,
-M = 1 a round cone. Rays run along z (parallel beam); x points right, y down, all lengths are in millimetres.
+centre c(t) = c0 + t (c1 - c0) and radius r(t) = r0 + t (r1 - r0). Equal centres give an ellipsoid, equal radii a
+capsule, M = 1 a round cone. Rays run along z (parallel beam); x points right, y down, all lengths are in millimetres.
 """
 
 from __future__ import annotations
