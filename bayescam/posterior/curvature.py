@@ -5,7 +5,7 @@ Hessian is sum_{a<b} (e_a - e_b)(e_a - e_b)^T (x) G_ab + tau I with the K(K-1)/2
 
     G_ab = sum_n w_n p_na p_nb phi~_n phi~_n^T,    symmetric and positive semi-definite,
 
-each made by one symmetric rank-n product (half the arithmetic of a matrix product), and their sum in the contrast basis has no
+each made by a symmetric rank-n product (little more than half the arithmetic of a matrix product), and their sum in the contrast basis has no
 cancellation. Everywhere ``pair_weights`` (n, K(K-1)/2), pairs in the order of ``torch.triu_indices(K, K, 1)``, may as well be
 an expectation E_q[p_a p_b]: that is how refinement builds E_q[H].
 """
@@ -14,18 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
-from scipy.linalg.blas import dsyrk, ssyrk
 from torch import Tensor
 
 from bayescam.errors import NotPositiveDefiniteError
 from bayescam.posterior.covariance import DiagCovariance, FullCovariance, KronCovariance, contrast_basis
 from bayescam.posterior.images import TrainingImages, augment
 
-# Gives the class probabilities' first two moments for a chunk: (rows, features (n, D)) -> (n, K) and (n, pairs) or None.
 _SKIPPED_SHARE = 1e-6
 _GRAM_ROWS = 8192
+_STRIP = 96
 Probabilities = Callable[[slice, Tensor], Tensor]
 
 
@@ -42,11 +40,13 @@ def pair_products(proba: Tensor) -> Tensor:
 
 
 def weighted_gram(rows: Tensor) -> Tensor:
-    """rows^T rows, (n, E) -> (E, E) float64, by a symmetric rank-n product on the CPU; only the lower triangle counts."""
-    if rows.device.type != "cpu":
-        return (rows.T @ rows).double()
-    syrk = ssyrk if rows.dtype == torch.float32 else dsyrk
-    return torch.from_numpy(np.asarray(syrk(1.0, rows.numpy().T, lower=False)).T).double()
+    """The lower triangle of rows^T rows, (n, E) -> (E, E) float64, in strips: about .6 of a whole product's arithmetic."""
+    width = rows.shape[1]
+    gram = torch.zeros(width, width, dtype=torch.float64, device=rows.device)
+    for start in range(0, width, _STRIP):
+        end = min(start + _STRIP, width)
+        gram[start:end, :end] = rows[:, start:end].T @ rows[:, :end]
+    return gram
 
 
 def feature_gram(images: TrainingImages, weights: Tensor | None = None) -> Tensor:

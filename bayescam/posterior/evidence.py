@@ -42,16 +42,18 @@ def maximise(criterion: Callable[[float], float], bracket: tuple[float, float] =
     tried: list[tuple[float, float]] = []
 
     def loss(log_tau: float) -> float:
-        tau = min(max(math.exp(log_tau), low), high)
+        return -evaluate(math.exp(log_tau))
+
+    def evaluate(tau: float) -> float:
         tried.append((tau, criterion(tau)))
-        return -tried[-1][1]
+        return tried[-1][1]
 
     ends = (math.log(low), math.log(high))
     found = minimize_scalar(loss, bounds=ends, method="bounded", options={"xatol": _TOLERANCE}).x
     hit = None
-    for end, name in zip(ends, ("lower", "upper"), strict=True):
-        if abs(found - end) < 4 * _TOLERANCE:
-            loss(end)
+    for tau, name in zip(bracket, ("lower", "upper"), strict=True):
+        if abs(found - math.log(tau)) < 4 * _TOLERANCE:
+            evaluate(tau)
             hit = name
     tau, value = max(tried, key=lambda pair: pair[1])
     return Choice(tau, value, hit if tau in bracket else None, tuple(tried))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayescam.posterior.draws import Draws
-from bayescam.posterior.expectations import normal_rule
+from bayescam.posterior.expectations import NormalRule, normal_rule
 from bayescam.posterior.images import augment, check_rows
 
 if TYPE_CHECKING:
@@ -41,23 +42,80 @@ def predict_proba(draws: Draws, features: Tensor | np.ndarray) -> Tensor:
     return torch.cat(chunks) if chunks else features.new_empty(0, k)
 
 
-METHODS = ("mc",)
+METHODS = ("mc", "pairwise", "bridge", "map")
 DEFAULT_METHOD = "mc"
 
 
 def gaussian_predict_proba(laplace: Laplace, features: Tensor, *, method: str, num_points: int = 1024) -> Tensor:
-    """Class probabilities under a Gaussian posterior, by one of ``METHODS``; features (N, D) -> (N, K)."""
+    """Class probabilities under a Gaussian posterior: features (N, D) -> (N, K).
+
+    No method can see the shift common to all logits. For K = 2 all but "map" are one-dimensional Gauss-Hermite quadrature.
+
+    Args:
+        laplace: the posterior.
+        features: phi, (N, D).
+        method: "mc", quasi-Monte Carlo in the K-dimensional space of the centred logits; "pairwise", MacKay's probit on every
+            pair of classes; "bridge", the Laplace bridge; "map", the softmax at the mean, no uncertainty at all.
+        num_points: of the "mc" rule, even.
+    """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
+    if len(features) == 0:
+        return features.new_empty(0, laplace.num_classes)
     rows = augment(features)
-    rule = normal_rule(laplace.covariance.logit_rank, num_points)
     mean = rows @ laplace.theta_mean.T
-    chunk = max(1, _ELEMENTS // (num_points * laplace.num_classes))
+    mean = mean - mean.mean(1, keepdim=True)
+    if method == "map":
+        return mean.softmax(1)
+    if method == "mc" or laplace.num_classes == 2:
+        return _by_rule(laplace, rows, mean, normal_rule(laplace.covariance.logit_rank, num_points))
+    approximate = pairwise_probit if method == "pairwise" else laplace_bridge
+    chunk = max(1, _ELEMENTS // laplace.num_classes**2)
+    parts = zip(rows.split(chunk), mean.split(chunk), strict=True)
+    return torch.cat([approximate(m, _centred(laplace.covariance.logit_covariance(x))) for x, m in parts])
+
+
+def _by_rule(laplace: Laplace, rows: Tensor, mean: Tensor, rule: NormalRule) -> Tensor:
     points, weights = rule.points.to(rows), rule.weights.to(rows)
-    return torch.cat(
-        [
-            (m.unsqueeze(-1) + laplace.covariance.perturb(laplace.covariance.logit_scale(x), points)).softmax(1)
-            @ weights
-            for x, m in zip(rows.split(chunk), mean.split(chunk), strict=True)
-        ]
-    )
+    chunk = max(1, _ELEMENTS // (len(weights) * laplace.num_classes))
+    proba = []
+    for x, m in zip(rows.split(chunk), mean.split(chunk), strict=True):
+        logits = m.unsqueeze(-1) + laplace.covariance.perturb(laplace.covariance.logit_scale(x), points)
+        proba.append(logits.softmax(1) @ weights)
+    return torch.cat(proba)
+
+
+def _centred(covariance: Tensor) -> Tensor:
+    """C V C with C = I - 11^T/K: (n, K, K)."""
+    covariance = covariance - covariance.mean(-1, keepdim=True)
+    return covariance - covariance.mean(-2, keepdim=True)
+
+
+def pairwise_probit(mean: Tensor, covariance: Tensor) -> Tensor:
+    """p_k ~ 1 / (1 + sum_{j != k} exp(-D_kj / sqrt(1 + pi/8 Var D_kj))), D_kj = f_k - f_j, normalised.
+
+    (MacKay 1992; Lu, Ie and Sha 2020.) Differences of logits cannot see a common shift.
+
+    Args:
+        mean: of the logits, (n, K).
+        covariance: of the logits, (n, K, K).
+    """
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    spread = variance.unsqueeze(-1) + variance.unsqueeze(-2) - 2 * covariance
+    margin = (mean.unsqueeze(-1) - mean.unsqueeze(-2)) / (1 + math.pi / 8 * spread.clamp(min=0)).sqrt()
+    return (-torch.logsumexp(-margin, dim=-1)).softmax(-1)
+
+
+def laplace_bridge(mean: Tensor, covariance: Tensor) -> Tensor:
+    """The Dirichlet whose density over softmax inputs has these moments (MacKay 1998; Hobbhahn, Kristiadi and Hennig 2022).
+
+    alpha_k = (1 - 2/K + exp(m_k) / K^2 sum_j exp(-m_j)) / V_kk on the centred moments; p = alpha / sum alpha.
+
+    Args:
+        mean: of the centred logits, (n, K).
+        covariance: of the centred logits, (n, K, K).
+    """
+    k = mean.shape[-1]
+    ratio = (mean + torch.logsumexp(-mean, dim=-1, keepdim=True) - 2 * math.log(k)).exp()
+    concentration = (1 - 2 / k + ratio) / covariance.diagonal(dim1=-2, dim2=-1)
+    return concentration / concentration.sum(-1, keepdim=True)

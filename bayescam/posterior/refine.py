@@ -58,7 +58,7 @@ class Refinement:
         elbo: after every step kept the first being the start's.
         curvatures: how many Hessians (or their factors) were built.
         change: rms relative change that one more undamped step would make to the weights, weighed by size: 0 at the fixed point.
-        rule_error: |ELBO by the rule - ELBO by four times as many other points|.
+        rule_error: |ELBO by the rule that made the steps - ELBO by the judge's twice as many other points|, in nats.
         converged: whether the ELBO or the weights had stopped changing.
     """
 
@@ -67,6 +67,14 @@ class Refinement:
     change: float
     rule_error: float
     converged: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Rules:
+    """The rule that steps are made with, and one of other points that judges them: no step can fit the points it is judged by."""
+
+    work: NormalRule
+    judge: NormalRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,15 +97,14 @@ def refine(laplace: Laplace, images: TrainingImages, *, num_points: int | None =
     """
     theta = torch.cat([laplace.weight_mean, laplace.bias_mean[:, None]], dim=1)
     points = num_points or max(128, min(1024, _POINTS_IN_ALL // max(1, images.count())) // 2 * 2)
-    rule = normal_rule(laplace.covariance.logit_rank, points)
-    state = _assess(images, theta, laplace.covariance, rule, laplace.prior_precision, None)
-    state, record = _climb(images, state, rule, laplace.prior_precision)
-    return _result(laplace, images, state, rule, record)
+    rank = laplace.covariance.logit_rank
+    rules = _Rules(normal_rule(rank, points), normal_rule(rank, 2 * points, seed=1))
+    state = _assess(images, theta, laplace.covariance, rules, laplace.prior_precision, None)
+    state, record = _climb(images, state, rules, laplace.prior_precision)
+    return _result(laplace, images, state, rules, record)
 
 
-def _climb(
-    images: TrainingImages, state: _State, rule: NormalRule, tau: float, built: int
-) -> tuple[_State, Refinement]:
+def _climb(images: TrainingImages, state: _State, rules: _Rules, tau: float) -> tuple[_State, Refinement]:
     """Steps that raise the ELBO under one rule, until it or the weights stop changing."""
     elbos, built, converged = [state.elbo], 0, False
     history: list[tuple[Tensor, Tensor]] = []
@@ -105,7 +112,7 @@ def _climb(
         kept, step = None, 1.0
         candidate = _anderson(images, history) if len(history) > 1 else state.proposal
         while kept is None and built < MAX_CURVATURES and step >= _SHORTEST_STEP:
-            trial = _try(images, state, candidate, rule, tau)
+            trial = _try(images, state, candidate, rules, tau)
             built += 1
             history = [*history, (trial.log_weights, trial.proposal)][-_ANDERSON_DEPTH - 1 :]
             if trial.elbo >= state.elbo:
@@ -152,25 +159,25 @@ def maximise_mean(
     return theta + covariance.unwhiten(torch.from_numpy(best.x).to(theta))
 
 
-def _try(images: TrainingImages, state: _State, log_weights: Tensor, rule: NormalRule, tau: float) -> _State:
+def _try(images: TrainingImages, state: _State, log_weights: Tensor, rules: _Rules, tau: float) -> _State:
     covariance = _covariance(images, log_weights, state.covariance, tau)
     scales = logit_scales(images, covariance)
-    theta = maximise_mean(images, state.theta, covariance, scales, rule, tau)
-    return _assess(images, theta, covariance, rule, tau, log_weights, scales)
+    theta = maximise_mean(images, state.theta, covariance, scales, rules.work, tau)
+    return _assess(images, theta, covariance, rules, tau, log_weights, scales)
 
 
 def _assess(
     images: TrainingImages,
     theta: Tensor,
     covariance: Covariance,
-    rule: NormalRule,
+    rules: _Rules,
     tau: float,
     log_weights: Tensor | None,
     scales: Tensor | None = None,
 ) -> _State:
     scales = logit_scales(images, covariance) if scales is None else scales
-    loss, _ = expected_loss(images, theta, covariance, scales, rule)
-    proposal = _log_weights(images, covariance, moments(images, theta, covariance, scales, rule), tau)
+    loss, _ = expected_loss(images, theta, covariance, scales, rules.judge)
+    proposal = _log_weights(images, covariance, moments(images, theta, covariance, scales, rules.work), tau)
     bound = elbo(images, theta, covariance, loss, tau)
     return _State(theta, covariance, scales, bound, proposal if log_weights is None else log_weights, proposal)
 
@@ -243,9 +250,8 @@ def _change(images: TrainingImages, state: _State) -> float:
     return math.sqrt(squared / total)
 
 
-def _result(laplace: Laplace, images: TrainingImages, state: _State, rule: NormalRule, record: Refinement) -> Laplace:
-    check = normal_rule(rule.points.shape[1], 4 * len(rule.weights), seed=1)
-    loss, gradient = expected_loss(images, state.theta, state.covariance, state.scales, check)
+def _result(laplace: Laplace, images: TrainingImages, state: _State, rules: _Rules, record: Refinement) -> Laplace:
+    loss, gradient = expected_loss(images, state.theta, state.covariance, state.scales, rules.work)
     bound = elbo(images, state.theta, state.covariance, loss, laplace.prior_precision)
     gradient = gradient + laplace.prior_precision * state.theta
     notes = laplace.notes
@@ -257,7 +263,7 @@ def _result(laplace: Laplace, images: TrainingImages, state: _State, rule: Norma
         bias_mean=state.theta[:, -1].contiguous(),
         covariance=state.covariance,
         refined=True,
-        elbo=bound,
+        elbo=state.elbo,
         gradient_norm=float(gradient.norm()),
         newton_decrement=float(state.covariance.whiten_gradient(gradient).norm()),
         notes=notes,
