@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from bayescam.data.image import ImageError, read_image
-from bayescam.data.pixels import Geometry, Pixels, quantised
+from bayescam.data.pixels import Geometry, Pixels, letterboxed, load_pixels, save_pixels
+from bayescam.data.workers import draw_in_processes
 from bayescam.errors import BayescamError
-from bayescam.storage import atomic_path, printable, sha256_of
+from bayescam.storage import printable, sha256_of
 
 Split = Literal["train", "valid", "test"]
 _CACHE_VERSION = 1
+_WORTH_PROCESSES = 300  # starting an interpreter costs as much as drawing some dozens of images
 _T = TypeVar("_T")
 
 
@@ -67,9 +70,16 @@ class Source(Protocol):
         """A digest of what the image is: the same key, the same pixels."""
         ...
 
+    def recipe(self) -> dict[str, Any] | None:
+        """What a worker process makes this source from; None where threads are enough (decoding frees the lock)."""
+        ...
+
 
 class FileSource:
-    """Pixels from files through ``read_image``."""
+    """Pixels from files through ``read_image``; a content hash is kept while the file's size and time stay."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[tuple[int, int, int], str]] = {}
 
     def image(self, record: Radiograph) -> np.ndarray:
         return read_image(_path(record))
@@ -80,9 +90,19 @@ class FileSource:
     def key(self, record: Radiograph) -> str:
         path = _path(record)
         try:
-            return sha256_of(path)
+            found = os.stat(path)
+            if not stat.S_ISREG(found.st_mode):
+                raise ImageError(path, "is not a regular file")
+            state = (found.st_size, found.st_mtime_ns, found.st_ino)
+            known = self._known.get(path)
+            if known is None or known[0] != state:
+                known = self._known[path] = (state, sha256_of(path))
+            return known[1]
         except OSError as error:
             raise ImageError(path, error.strerror or str(error)) from error
+
+    def recipe(self) -> None:
+        return None
 
 
 def _path(record: Radiograph) -> Path:
@@ -190,39 +210,34 @@ class RadiographDataset:
         for key in self._keys:
             digest.update(key.encode())
         folder = (cache_folder() if cache is None else cache) / "pixels" / digest.hexdigest()[:32]
-        if (folder / "geometry.npy").is_file() and (folder / "images.npy").is_file():
-            images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
-            geometry = np.load(folder / "geometry.npy", allow_pickle=False)
-            if images.shape == (len(self), size, size) and len(geometry) == len(self):
-                return Pixels(images, tuple(Geometry(*map(int, row)) for row in geometry))
-        return self._decoded(size, num_workers, folder, progress)
+        kept = load_pixels(folder, len(self), size)
+        if kept is not None:
+            return kept
+        description = ("reading images" if self.source.recipe() is None else "drawing images") if progress else None
+        return save_pixels(folder, len(self), size, lambda images: self._fill(images, size, num_workers, description))
 
-    def _decoded(self, size: int, num_workers: int, folder: Path, progress: bool) -> Pixels:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / "images.npy") as temporary:
-            shape = (len(self), size, size)
-            images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint16, shape=shape)
+    def _fill(self, images: np.memmap, size: int, num_workers: int, description: str | None) -> list[Geometry]:
+        """Decode or draw every image into its row, with all cores, and return the geometries."""
+        recipe, workers = self.source.recipe(), num_workers or _cores()
+        if recipe is not None and workers > 1 and len(self) >= _WORTH_PROCESSES:
+            return draw_in_processes(recipe, self.obs_ids, size, Path(str(images.filename)), workers, description)
 
-            def fill(index: int) -> Geometry:
-                image = self.image(index)
-                geometry = Geometry.fit(image.shape[0], image.shape[1], size)
-                images[index] = quantised(geometry.to_square(image))
-                return geometry
+        def fill(index: int) -> Geometry:
+            square, geometry = letterboxed(self.image(index), size)
+            images[index] = square
+            return geometry
 
-            geometries = _in_threads(fill, range(len(self)), num_workers, "reading images" if progress else None)
-            images.flush()
-        rows = np.array(
-            [[g.height, g.width, g.size, g.scaled_height, g.scaled_width, g.top, g.left] for g in geometries]
-        )
-        with atomic_path(folder / "geometry.npy") as temporary, temporary.open("wb") as stream:
-            np.save(stream, rows, allow_pickle=False)
-        kept = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
-        return Pixels(kept, tuple(geometries))
+        return _in_threads(fill, range(len(self)), workers if recipe is None else 1, description)
+
+
+def _cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_threads(work: Callable[..., _T], items: Sequence, num_workers: int, description: str | None) -> list[_T]:
     """Map in order over threads: decoding and resizing release the interpreter's lock."""
-    workers = num_workers or os.cpu_count() or 1
+    workers = num_workers or _cores()
     with ThreadPoolExecutor(workers) as pool:
         results = pool.map(work, items)
         bar = tqdm(results, total=len(items), desc=description, unit="image", disable=None if description else True)

@@ -21,8 +21,8 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 def open_manifest(path: Path, root: Path | None = None) -> RadiographDataset:
     """The radiographs that a CSV file lists: ``path,label[,patient][,study][,view][,split][,mask_<name>...]``.
 
-    UTF-8 with or without a byte order mark, any line ends, columns in any order; empty rows, trailing commas and foreign
-    columns do no harm. Classes are the labels in sorted order. FracAtlas's ``dataset.csv`` is recognised by its columns.
+    UTF-8 with or without a byte order mark, any line ends, columns in any order; empty rows, trailing commas and
+    foreign columns do no harm. Classes are the labels in sorted order. FracAtlas's ``dataset.csv`` is recognised too.
 
     Args:
         path: the CSV file.
@@ -55,15 +55,15 @@ def open_manifest(path: Path, root: Path | None = None) -> RadiographDataset:
         classes=tuple(labels),
         records=tuple(records.values()),
         root=place,
-        ignored=ignored,
+        ignored=+ignored,
     )
 
 
 def write_manifest(dataset: RadiographDataset, path: Path) -> Path:
     """Write ``dataset`` as a manifest and return the folder its paths are relative to.
 
-    That is the manifest's own folder where all images lie below it, else the data set's root, which then has to be given
-    as ``root`` to ``open_manifest``.
+    That is the manifest's own folder where all images lie below it, else the data set's root, which then has to be
+    given as ``root`` to ``open_manifest``.
 
     Raises:
         DataError: the data set has no files (the phantom), or a file name that UTF-8 text cannot hold.

@@ -51,7 +51,7 @@ def open_mura(root: Path | None) -> RadiographDataset:
         for obs_id, (part, patient, study, split, path) in sorted(found.items(), key=lambda item: _natural(item[0]))
     )
     place = base or next(iter(folders.values()))
-    return RadiographDataset("mura", classes, records, place, licence=LICENCE, shareable=False, ignored=ignored)
+    return RadiographDataset("mura", classes, records, place, licence=LICENCE, shareable=False, ignored=+ignored)
 
 
 def _parts_of(root: Path) -> tuple[Path | None, dict[str, Path]]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.functional import interpolate
+
+from bayescam.storage import atomic_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,16 @@ class Geometry:
 
     def to_square(self, image: np.ndarray) -> np.ndarray:
         """(H, W) -> (S, S) float32: antialiased bilinear, half-pixel centres."""
-        source = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))[None, None]
         inner = (self.scaled_height, self.scaled_width)
-        if source.shape[2:] != inner:
-            source = interpolate(source, inner, mode="bilinear", align_corners=False, antialias=True)
+        picture = np.ascontiguousarray(image, dtype=np.float32)
+        if picture.shape != inner:
+            import torch
+            from torch.nn.functional import interpolate
+
+            source = torch.from_numpy(picture)[None, None]
+            picture = interpolate(source, inner, mode="bilinear", align_corners=False, antialias=True)[0, 0].numpy()
         square = np.zeros((self.size, self.size), dtype=np.float32)
-        square[self.top : self.top + inner[0], self.left : self.left + inner[1]] = source[0, 0].clamp(0, 1).numpy()
+        square[self.top : self.top + inner[0], self.left : self.left + inner[1]] = np.clip(picture, 0, 1)
         return square
 
     def from_square(self, maps: Tensor) -> Tensor:
@@ -51,6 +61,8 @@ class Geometry:
         inner = maps[..., self.top : self.top + self.scaled_height, self.left : self.left + self.scaled_width]
         if inner.shape[-2:] == (self.height, self.width):
             return inner
+        from torch.nn.functional import interpolate
+
         flat = inner.reshape(1, -1, *inner.shape[-2:])
         wide = interpolate(flat, (self.height, self.width), mode="bilinear", align_corners=False)
         return wide.reshape(*maps.shape[:-2], self.height, self.width)
@@ -73,9 +85,44 @@ class Pixels:
 
     def batch(self, indices: np.ndarray | list[int]) -> Tensor:
         """Some images as (n, 1, S, S) float32 in [0, 1]."""
+        import torch
+
         return torch.from_numpy(self.images[np.asarray(indices)].astype(np.float32) / 65535)[:, None]
 
 
-def quantised(square: np.ndarray) -> np.ndarray:
-    """[0, 1] -> uint16."""
-    return np.round(square * 65535).astype(np.uint16)
+def letterboxed(image: np.ndarray, size: int) -> tuple[np.ndarray, Geometry]:
+    """One radiograph as (S, S) uint16, and how it lies there."""
+    geometry = Geometry.fit(image.shape[0], image.shape[1], size)
+    return np.round(geometry.to_square(image) * 65535).astype(np.uint16), geometry
+
+
+def load_pixels(folder: Path, num: int, size: int) -> Pixels | None:
+    """What ``save_pixels`` left in ``folder``, as a memory map; None where it is absent, broken or of another shape."""
+    try:
+        images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+        rows = np.load(folder / "geometry.npy", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    if images.shape != (num, size, size) or images.dtype != np.uint16 or rows.shape != (num, len(fields(Geometry))):
+        return None
+    return Pixels(images, tuple(Geometry(*map(int, row)) for row in rows))
+
+
+def save_pixels(folder: Path, num: int, size: int, fill: Callable[[np.memmap], list[Geometry]]) -> Pixels:
+    """Let ``fill`` write (N, S, S) uint16 into a new file, keep it in ``folder`` once it is whole, and open it."""
+    with atomic_path(folder / "images.npy") as temporary:
+        images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint16, shape=(num, size, size))
+        _reserve(temporary)
+        geometries = fill(images)
+        images.flush()
+    with atomic_path(folder / "geometry.npy") as temporary, temporary.open("wb") as stream:
+        np.save(stream, np.array([astuple(geometry) for geometry in geometries]), allow_pickle=False)
+    kept = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+    return Pixels(kept, tuple(geometries))
+
+
+def _reserve(path: Path) -> None:
+    """Take the file's space now: a memory map on a full disk kills the process, this raises OSError."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, os.fstat(stream.fileno()).st_size)

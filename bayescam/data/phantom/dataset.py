@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -41,6 +41,10 @@ class PhantomSource:
         """A digest of all that decides the picture: the case, the seed, the dials and the simulator's own text."""
         case = self.cases[int(record.obs_id.rsplit("-", 1)[1])]
         return hashlib.sha256(f"{_simulator()} {self.seed} {self.dials} {case}".encode()).hexdigest()
+
+    def recipe(self) -> dict[str, object]:
+        """The arguments of ``phantom_dataset`` that make this source again in another process."""
+        return {"num": len(self.cases), "seed": self.seed, "dials": asdict(self.dials)}
 
 
 @cache

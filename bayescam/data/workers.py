@@ -1,0 +1,94 @@
+"""Drawing images in worker processes: numpy code that holds the interpreter's lock leaves threads nothing to gain."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bayescam.data.pixels import Geometry
+from bayescam.errors import BayescamError
+
+
+class WorkerError(BayescamError, RuntimeError):
+    """A process that drew images died."""
+
+
+def draw_in_processes(
+    recipe: dict[str, Any], obs_ids: Sequence[str], size: int, target: Path, num_workers: int, description: str | None
+) -> list[Geometry]:
+    """Draw every image into its row of ``target``, an .npy of (N, S, S) uint16; the geometries in order.
+
+    Each worker is a fresh interpreter that imports bayescam alone: no fork, no pickle, no __main__ guard. Row i is
+    drawn by worker i modulo ``num_workers``; its pixels depend on neither.
+
+    Args:
+        recipe: what ``Source.recipe`` gave.
+        obs_ids: N.
+        size: S.
+        target: the file, made before.
+        num_workers: processes.
+        description: of the bar, None for no bar.
+
+    Raises:
+        WorkerError: a worker ended early; the message has its last words.
+    """
+    geometries: list[Geometry | None] = [None] * len(obs_ids)
+    running: list[subprocess.Popen[str]] = []
+    lock = threading.Lock()
+    with (
+        tqdm(total=len(obs_ids), desc=description, unit="image", disable=None if description else True) as bar,
+        ThreadPoolExecutor(num_workers) as pool,
+    ):
+
+        def watch(first: int) -> str | None:
+            rows = list(range(first, len(obs_ids), num_workers))
+            job = {"recipe": recipe, "rows": rows, "obs_ids": [obs_ids[i] for i in rows], "size": size}
+            with tempfile.TemporaryFile("w+", encoding="utf-8") as order, tempfile.TemporaryFile("w+") as said:
+                json.dump({**job, "target": str(target)}, order)
+                order.seek(0)
+                process = _start(order, said)
+                running.append(process)
+                assert process.stdout is not None
+                for line in process.stdout:
+                    row, *numbers = json.loads(line)
+                    geometries[row] = Geometry(*numbers)
+                    with lock:
+                        bar.update()
+                if process.wait() == 0:
+                    return None
+                said.seek(0)
+                words = said.read().strip().splitlines()
+                return words[-1] if words else f"status {process.returncode}; perhaps killed for memory"
+
+        try:
+            jobs = [pool.submit(watch, first) for first in range(num_workers)]
+            failures = [words for job in jobs if (words := job.result()) is not None]
+        except BaseException:
+            for process in running:
+                process.kill()
+            raise
+    if failures:
+        raise WorkerError(f"a process that draws images ended early ({failures[0]}); --num-workers 1 draws without any")
+    return [geometry for geometry in geometries if geometry is not None]
+
+
+def _start(order: Any, said: Any) -> subprocess.Popen[str]:
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    return subprocess.Popen(
+        [sys.executable, "-m", "bayescam.data.draw_worker"],
+        stdin=order,
+        stdout=subprocess.PIPE,
+        stderr=said,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path},
+    )
