@@ -1,7 +1,7 @@
 """The upper limb from clavicle to finger tips, as tables of tapered capsules in millimetres for a man of 1.78 m.
 
 Frames: y runs distally, x laterally (to the thumb), z to the palm; the arm hangs, the palm looks forward. Lengths and
-widths follow the averages of anatomy textbooks; each bone varies with the patient.
+widths are round figures near adult averages, then drawn and redrawn until the pictures looked right.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ def _upper_arm(patient: Patient) -> Body:
         Rod("humerus", (11, 148, 0), 11 * wide, (6, 246, 0), 10.5 * wide, 4.4, 0.04),
         Rod("elbow", (7, 238, 0), 9.5, (-17, 286, 0), 8.5, 2.2, 0.2, (1, 1, 0.9)),
         Rod("elbow", (6, 238, 0), 9.5, (21, 286, 0), 8.0, 2.2, 0.2, (1, 1, 0.9)),
-        Rod("elbow", (2, 262, 0), 16, (2, 280, 0), 18, 0.9, 0.12, (1, 1, 0.26)),
+        Rod("elbow", (6, 240, 0), 11, (2, 274, 0), 19, 2.6, 0.15, (1, 1, 0.4)),
+        Rod("elbow", (2, 276, 0), 16, (2, 284, 0), 17, 2.0, 0.1, (1, 1, 0.2)),
         Rod("elbow", (-22, 285, -2), 7.5, (-29, 286, -4), 6.0, 1.3, 0.28),
         Rod("elbow", (23, 287, 0), 6.5, (26, 287, 0), 6.0, 1.3, 0.28),
         Rod("elbow", (-17, 296, 1), 10.5, (-3, 293, 1), 8.2, 1.3, 0.3),
@@ -214,7 +215,7 @@ CARPALS: dict[str, tuple[tuple[Point, float, Point, float], ...]] = {
 
 @lru_cache(maxsize=4)
 def _wrist(patient: Patient) -> Body:
-    ripe = 1.0 if not patient.growing else float(np.clip(0.45 + 0.045 * patient.age, 0.5, 1.0))
+    ripe = 1.05 * (float(np.clip(0.45 + 0.045 * patient.age, 0.5, 1.0)) if patient.growing else 1.0)
     bones = []
     for name, pieces in CARPALS.items():
         rods = [Rod("wrist", a, ra * ripe, b, rb * ripe, 0.9, 0.33) for a, ra, b, rb in pieces]

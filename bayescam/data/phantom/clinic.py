@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 from bayescam.data.phantom.arm import FINGERS, Frame, Pose, upper_limb
 from bayescam.data.phantom.leg import foot, knee
-from bayescam.data.phantom.patient import Patient
+from bayescam.data.phantom.patient import Patient, draw_patient
 from bayescam.data.phantom.physics import Exposure
 from bayescam.data.phantom.skeleton import Body, turn
 from bayescam.data.phantom.solids import Array
@@ -209,6 +210,15 @@ def _exposure(rng: np.random.Generator, spread: float) -> Exposure:
         scatter_width=float(rng.uniform(14, 24)),
         blur_width=float(rng.uniform(0.15, 0.35)),
     )
+
+
+@cache
+def structures() -> frozenset[str]:
+    """The names of all that can be removed: every bone, and what is worn."""
+    someone = draw_patient(0, 0)
+    limb, _ = upper_limb(someone, Pose(), ("trunk", "humerus", "forearm", "hand"))
+    bodies = (limb, knee(someone, 0.0), foot(someone, leg=True))
+    return frozenset(bone.name for body in bodies for bone in body.bones) | {"marker", "hardware", "cast"}
 
 
 def posed(patient: Patient, exam: Examination) -> Body:

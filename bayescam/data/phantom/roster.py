@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 
 import numpy as np
 
-from bayescam.data.phantom.clinic import OTHER_PARTS, PARTS, VIEWS, Examination, examine
+from bayescam.data.phantom.clinic import OTHER_PARTS, PARTS, VIEWS, Examination, examine, structures
 from bayescam.data.phantom.patient import Patient
 
 
@@ -38,6 +39,10 @@ class Dials:
             raise ValueError(f"bits is {self.bits}; give 8 or 16")
         if unknown := set(self.parts) - set(PARTS + OTHER_PARTS):
             raise ValueError(f"parts holds {sorted(unknown)}; choose from {', '.join(PARTS + OTHER_PARTS)}")
+        for name in self.without:
+            if name not in structures():
+                near = get_close_matches(name, sorted(structures()), 3, 0.4) or ["marker", "radius", "scaphoid"]
+                raise ValueError(f"without names {name!r}, which is no structure; did you mean {', '.join(near)}?")
         if not self.parts:
             raise ValueError(f"parts is empty; choose from {', '.join(PARTS + OTHER_PARTS)}")
 

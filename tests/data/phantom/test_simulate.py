@@ -178,6 +178,7 @@ def test_monochrome1_turns_grey_around_and_bits_set_its_levels():
         ({"bits": 12}, "bits is 12; give 8 or 16"),
         ({"parts": ("skull",)}, "parts holds"),
         ({"parts": ()}, "parts is empty"),
+        ({"without": ("scafoid",)}, "without names 'scafoid'.*did you mean scaphoid"),
     ],
 )
 def test_wrong_dials_are_refused_by_name(wrong, message):
