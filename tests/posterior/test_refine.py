@@ -1,0 +1,212 @@
+"""Variational Newton: its rule, its ELBO, the gradients it stands on, its fixed point."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy.integrate import dblquad
+
+import bayescam as bc
+from bayescam.posterior.curvature import full_covariance
+from bayescam.posterior.expectations import expected_loss, logit_scales, moments, normal_rule
+from bayescam.posterior.images import augment, check_images
+from bayescam.posterior.laplace import STRUCTURES
+from bayescam.posterior.refine import MAX_CURVATURES, elbo, maximise_mean
+
+TAU = 0.3
+
+
+def problem(num_images=40, num_features=2, num_classes=3):
+    generator = torch.Generator().manual_seed(5)
+    phi = torch.randn(num_images, num_features, dtype=torch.float64, generator=generator)
+    truth = 3 * torch.randn(num_features, num_classes, dtype=torch.float64, generator=generator)
+    uniform = torch.rand(num_images, num_classes, dtype=torch.float64, generator=generator)
+    return phi, (phi @ truth - (-uniform.log()).log()).argmax(1)
+
+
+def fitted(structure="full", **sizes):
+    phi, labels = problem(**sizes)
+    return phi, labels, bc.fit_laplace(phi, labels, prior_precision=TAU, structure=structure)
+
+
+def test_hermite_rule_integrates_polynomials():
+    rule = normal_rule(1, 2)
+    z = rule.points[:, 0]
+    for power, moment in ((0, 1), (2, 1), (4, 3), (6, 15)):
+        assert float((rule.weights * z**power).sum()) == pytest.approx(moment, rel=1e-10)
+
+
+def test_sobol_rule_has_the_moments_of_a_normal():
+    rule = normal_rule(4, 2048)
+    assert float((rule.weights @ rule.points).abs().max()) < 1e-12
+    second = rule.points.T @ (rule.weights[:, None] * rule.points)
+    torch.testing.assert_close(second, torch.eye(4, dtype=torch.float64), rtol=0, atol=0.01)
+    with pytest.raises(ValueError, match="num_points is 3"):
+        normal_rule(2, 3)
+
+
+def test_expectations_against_two_dimensional_quadrature():
+    """K = 3: E[log p] and E[p_a p_b] of one image, integrated over the two contrasts."""
+    phi, labels, fit = fitted()
+    images = check_images(phi[:1], labels[:1], num_classes=3)
+    rule, theta = normal_rule(2, 1 << 14), fit.theta_mean
+    scales = logit_scales(images, fit.covariance)
+    loss, _ = expected_loss(images, theta, fit.covariance, scales, rule)
+    products = moments(images, theta, fit.covariance, scales, rule).products
+    root = fit.covariance.basis @ scales[0]
+    centre = theta @ augment(phi[0])
+
+    def integral(function):
+        def integrand(v, u):
+            logits = centre + root @ torch.tensor([u, v], dtype=torch.float64)
+            return math.exp(-(u * u + v * v) / 2) / (2 * math.pi) * float(function(logits.log_softmax(0)))
+
+        return dblquad(integrand, -6, 6, -6, 6, epsabs=1e-5, epsrel=1e-5)[0]
+
+    assert loss == pytest.approx(-integral(lambda log_p: log_p[labels[0]]), rel=2e-3)
+    assert float(products[0, 1]) == pytest.approx(integral(lambda log_p: (log_p[0] + log_p[2]).exp()), rel=5e-3)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_gradient_in_the_mean_is_autodiff_s(structure):
+    phi, labels, fit = fitted(structure)
+    images = check_images(phi, labels)
+    rule, scales = normal_rule(fit.covariance.logit_rank, 256), logit_scales(images, fit.covariance)
+    theta = fit.theta_mean.clone().requires_grad_()
+    logits = (augment(phi) @ theta.T).unsqueeze(-1) + fit.covariance.perturb(scales, rule.points)
+    loss = -(logits.log_softmax(1)[torch.arange(len(phi)), labels] @ rule.weights).sum()
+    loss.backward()
+    value, gradient = expected_loss(images, fit.theta_mean, fit.covariance, scales, rule)
+    assert value == pytest.approx(loss.item(), rel=1e-10)
+    torch.testing.assert_close(gradient, theta.grad)
+
+
+def test_gradient_in_the_covariance_is_price_s_theorem():
+    """dELBO/dSigma = (Sigma^-1 - E_q[H]) / 2, along a direction, against the ELBO of a scaled covariance (K = 2, exact rule)."""
+    phi, labels, fit = fitted(num_classes=2)
+    images, rule, covariance = check_images(phi, labels), normal_rule(1, 2), fit.covariance
+
+    def bound(scale):
+        scaled = type(covariance)(covariance.precision_cholesky / scale**0.5, TAU, 2)
+        loss, _ = expected_loss(images, fit.theta_mean, scaled, logit_scales(images, scaled), rule)
+        return elbo(images, fit.theta_mean, scaled, loss, TAU)
+
+    found = moments(images, fit.theta_mean, covariance, logit_scales(images, covariance), rule).products
+    expected_hessian = full_covariance(images, lambda span, _: found[span], TAU).precision_cholesky
+    inverse = torch.linalg.inv(covariance.precision_cholesky)
+    mismatch = len(inverse) - float((inverse @ expected_hessian).square().sum())
+    step = 1e-4
+    assert (bound(1 + step) - bound(1 - step)) / (2 * step) == pytest.approx(mismatch / 2, rel=1e-4, abs=1e-6)
+
+
+def test_elbo_is_exact_for_one_contrast_by_quadrature_and_below_the_evidence():
+    """K = 2, D = 1: log p(y) by integration; evidence - 0.2 < ELBO of the refined posterior < evidence."""
+    phi, labels, fit = fitted(num_classes=2, num_features=1)
+    sign = (2 * labels - 1).double()
+    refined = fit.refine(phi, labels)
+
+    def density(w, b):
+        log = float(torch.nn.functional.logsigmoid(sign * math.sqrt(2) * (w * phi[:, 0] + b)).sum())
+        return math.exp(log - TAU / 2 * (w * w + b * b) + math.log(TAU / (2 * math.pi)) - fit.log_evidence)
+
+    ratio, _ = dblquad(density, -6, 6, -8, 8, epsrel=1e-3, epsabs=1e-3)
+    evidence = fit.log_evidence + math.log(ratio)
+    assert evidence - 0.2 < refined.elbo < evidence + 1e-3
+
+
+def test_refined_is_the_fixed_point():
+    """K = 2, where the rule is exact: the gradients in mean and covariance vanish."""
+    phi, labels, fit = fitted(num_classes=2)
+    refined = fit.refine(phi, labels)
+    images, rule, covariance = check_images(phi, labels), normal_rule(1, 2), refined.covariance
+    scales = logit_scales(images, covariance)
+    _, gradient = expected_loss(images, refined.theta_mean, covariance, scales, rule)
+    assert float(covariance.whiten_gradient(gradient + TAU * refined.theta_mean).norm()) < 5e-3
+    found = moments(images, refined.theta_mean, covariance, scales, rule).products
+    expected_hessian = full_covariance(images, lambda span, _: found[span], TAU).precision_cholesky
+    inverse = torch.linalg.inv(covariance.precision_cholesky)
+    whitened = inverse @ expected_hessian @ expected_hessian.T @ inverse.T
+    torch.testing.assert_close(whitened, torch.eye(len(inverse), dtype=torch.float64), rtol=0, atol=0.01)
+    assert refined.refinement.rule_error < 1e-8
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_the_elbo_never_falls_and_the_shift_stays_the_prior(structure, num_classes):
+    phi, labels, fit = fitted(structure, num_classes=num_classes)
+    refined = fit.refine(phi, labels)
+    record = refined.refinement
+    assert refined.refined
+    assert refined.structure == structure
+    assert list(record.elbo) == sorted(record.elbo)
+    assert record.elbo[-1] > record.elbo[0]
+    assert refined.elbo == record.elbo[-1]
+    assert record.curvatures <= MAX_CURVATURES
+    assert record.converged
+    assert record.rule_error < 0.1
+    if structure != "diag":
+        shift = torch.ones(num_classes) / num_classes**0.5
+        x = augment(phi[:4])
+        torch.testing.assert_close(refined.covariance.variance(x, shift[None])[:, 0], x.square().sum(1) / TAU)
+
+
+def test_refined_is_closer_to_the_exact_predictive():
+    """K = 2, D = 1: class probabilities by integrating the true posterior."""
+    phi, labels, fit = fitted(num_classes=2, num_features=1, num_images=12)
+    refined = fit.refine(phi, labels)
+    grid = torch.linspace(-14, 14, 561, dtype=torch.float64)
+    w, b = torch.meshgrid(grid, grid, indexing="ij")
+    sign = (2 * labels - 1).double()
+    log = -TAU / 2 * (w * w + b * b)
+    for s, x in zip(sign, phi[:, 0], strict=True):
+        log = log + torch.nn.functional.logsigmoid(s * math.sqrt(2) * (w * x + b))
+    mass = (log - log.logsumexp((0, 1))).exp()
+    points = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    exact = torch.stack([(mass * torch.sigmoid(math.sqrt(2) * (w * x + b))).sum() for x in points])
+    errors = [float((f.predict_proba(points[:, None])[:, 1] - exact).abs().mean()) for f in (fit, refined)]
+    assert errors[1] < errors[0]
+    assert errors[1] < 0.02
+
+
+def test_the_mean_is_the_best_for_its_covariance():
+    phi, labels, fit = fitted("kron")
+    images, rule = check_images(phi, labels), normal_rule(2, 256)
+    scales = logit_scales(images, fit.covariance)
+    theta = maximise_mean(images, fit.theta_mean, fit.covariance, scales, rule, TAU)
+
+    def bound(mean):
+        loss, _ = expected_loss(images, mean, fit.covariance, scales, rule)
+        return elbo(images, mean, fit.covariance, loss, TAU)
+
+    best = bound(theta)
+    assert best >= bound(fit.theta_mean)
+    for _ in range(5):
+        assert bound(theta + 0.1 * torch.randn_like(theta)) < best
+
+
+def test_class_weights_are_repeated_images_in_the_refinement_too():
+    phi, labels = problem()
+    weights = torch.tensor([2.0, 1.0, 1.0])
+    twice = labels == 0
+    weighted = bc.fit_laplace(phi, labels, prior_precision=TAU, class_weights=weights).refine(phi, labels)
+    more, again = torch.cat([phi, phi[twice]]), torch.cat([labels, labels[twice]])
+    repeated = bc.fit_laplace(more, again, prior_precision=TAU).refine(more, again)
+    assert weighted.elbo == pytest.approx(repeated.elbo, abs=0.02)
+
+
+def test_prior_precision_by_the_elbo_beats_its_neighbours():
+    phi, labels = problem()
+    chosen = bc.fit_laplace(phi, labels, prior_precision="elbo", bracket=(0.05, 5.0))
+    bounds = [
+        bc.fit_laplace(phi, labels, prior_precision=tau).refine(phi, labels).elbo
+        for tau in (chosen.prior_precision * 0.5, chosen.prior_precision, chosen.prior_precision * 2)
+    ]
+    assert bounds[1] >= max(bounds) - 0.02
+
+
+def test_other_features_are_refused():
+    _, labels, fit = fitted()
+    with pytest.raises(ValueError, match=r"features must be \(N, 2\)"):
+        fit.refine(torch.randn(40, 3, dtype=torch.float64), labels)
