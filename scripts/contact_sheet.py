@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/phantom.png"))
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--patients", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=201)
     parser.add_argument("--difficulty", type=float, default=0.5)
     parser.add_argument("--others", action="store_true", help="knee and foot too")
     asked = parser.parse_args()

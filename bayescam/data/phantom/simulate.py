@@ -103,13 +103,16 @@ def _density(exam: Examination, canvas: Canvas, shadow: Shadow, extra: dict[str,
 
 
 def _limits(exam: Examination, canvas: Canvas, density: Array, extra: dict[str, Array]) -> tuple[float, float]:
-    """The window's ends: quantiles of the exposed field without lead and metal."""
+    """The window's ends: the lower quantile over the exposed field, the upper over its middle, without lead and metal."""
     chosen = canvas.inside(exam.collimator)
     for material in ("lead", "steel", "titanium"):
         if material in extra:
             chosen = chosen & (extra[material] < 0.1)
-    low, high = np.quantile(density[chosen], exam.window[:2])
-    return float(low) - 0.02, float(max(high, low + 0.2)) + 0.05
+    reach = 0.35 * exam.field
+    middle = chosen & canvas.inside((-reach, -reach, reach, reach))
+    low = float(np.quantile(density[chosen], exam.window[0]))
+    high = float(np.quantile(density[middle if middle.any() else chosen], exam.window[1]))
+    return low - 0.02, max(high, low + 0.2) + 0.05
 
 
 def twin(case: Case, seed: int, dials: Dials, *without: str) -> Simulated:
