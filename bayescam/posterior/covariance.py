@@ -3,9 +3,10 @@
 Rows are augmented throughout: x is (..., D+1), features with a last entry 1 (logits) or 0 (a CAM cell without its
 bias). E = D+1. Parameters are the (K, E) matrix [weight, bias], class-major.
 
-Softmax cannot see a shift common to all classes. With Q (K, K-1) orthonormal and Q^T 1 = 0 (``contrast_basis``), theta =
-Q eta + 1 s / sqrt(K): the likelihood sees eta alone, so the posterior of s is its prior, Normal(0, 1/tau), exactly.
-``FullCovariance`` and ``KronCovariance`` keep the two parts apart, which is what makes them exact in float32 too.
+Softmax cannot see a shift common to all classes. With Q (K, K-1) orthonormal and Q^T 1 = 0
+(``contrast_basis``), theta = Q eta + 1 s / sqrt(K): the likelihood sees eta alone, so the posterior of s is its
+prior, Normal(0, 1/tau), exactly. ``FullCovariance`` and ``KronCovariance`` keep the two parts apart, which is
+what makes them exact in float32 too.
 """
 
 from __future__ import annotations
@@ -370,7 +371,7 @@ Covariance = FullCovariance | KronCovariance | DiagCovariance
 
 
 def square_root(covariance: Tensor) -> Tensor:
-    """R with R R^T the covariance, for a batch (..., r, r): Cholesky's, or the symmetric one where that is only semi-definite."""
+    """R with R R^T the covariance, (..., r, r): Cholesky's, or eigenvectors' where it is only semi-definite."""
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if bool((failed > 0).any()):
         values, vectors = torch.linalg.eigh(covariance[failed > 0])

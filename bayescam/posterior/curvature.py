@@ -1,13 +1,14 @@
 """The Hessian of -log joint over the last layer, in three structures, from sums over images.
 
-Per image Lambda = diag p - p p^T = sum_{a<b} p_a p_b (e_a - e_b)(e_a - e_b)^T: a graph Laplacian over the classes. So the full
-Hessian is sum_{a<b} (e_a - e_b)(e_a - e_b)^T (x) G_ab + tau I with the K(K-1)/2 weighted Gram matrices
+Per image Lambda = diag p - p p^T = sum_{a<b} p_a p_b (e_a - e_b)(e_a - e_b)^T: a graph Laplacian over the
+classes. So the full Hessian is sum_{a<b} (e_a - e_b)(e_a - e_b)^T (x) G_ab + tau I with the K(K-1)/2 weighted
+Gram matrices
 
     G_ab = sum_n w_n p_na p_nb phi~_n phi~_n^T,    symmetric and positive semi-definite,
 
-each made by a symmetric rank-n product (little more than half the arithmetic of a matrix product), and their sum in the contrast basis has no
-cancellation. Everywhere ``pair_weights`` (n, K(K-1)/2), pairs in the order of ``torch.triu_indices(K, K, 1)``, may as well be
-an expectation E_q[p_a p_b]: that is how refinement builds E_q[H].
+each made by a symmetric rank-n product (little more than half the arithmetic of a matrix product), and their
+sum in the contrast basis has no cancellation. Everywhere ``pair_weights`` (n, K(K-1)/2), pairs in the order of
+``torch.triu_indices(K, K, 1)``, may as well be an expectation E_q[p_a p_b]: that is how refinement builds E_q[H].
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def pair_products(proba: Tensor) -> Tensor:
 
 
 def weighted_gram(rows: Tensor) -> Tensor:
-    """The lower triangle of rows^T rows, (n, E) -> (E, E) float64, in strips: about .6 of a whole product's arithmetic."""
+    """The lower triangle of rows^T rows, (n, E) -> (E, E) float64, in strips: .6 of a product's arithmetic."""
     width = rows.shape[1]
     gram = torch.zeros(width, width, dtype=torch.float64, device=rows.device)
     for start in range(0, width, _STRIP):
@@ -65,8 +66,9 @@ def feature_gram(images: TrainingImages, weights: Tensor | None = None) -> Tenso
 def pair_grams(images: TrainingImages, pair_weights: Callable[[slice, Tensor], Tensor]) -> Tensor:
     """G_ab for all pairs a < b: (K(K-1)/2, D+1, D+1) float64.
 
-    In float32, images whose weight cannot matter are left out: with v a fixed unit vector, ||G_ab|| >= sum_n w_n (v . phi~_n)^2, so
-    leaving out the images whose w_n |phi~_n|^2 sum to at most 1e-6 of that changes G_ab by less than 1e-6 of its norm.
+    In float32, images whose weight cannot matter are left out: with v a fixed unit vector, ||G_ab|| >= sum_n
+    w_n (v . phi~_n)^2, so leaving out the images whose w_n |phi~_n|^2 sum to at most 1e-6 of that changes G_ab
+    by less than 1e-6 of its norm.
     """
     k, width = images.num_classes, images.num_features + 1
     grams = torch.zeros(k * (k - 1) // 2, width, width, dtype=torch.float64, device=images.device)
@@ -135,8 +137,7 @@ def cholesky(hessian: Tensor, prior_precision: float) -> Tensor:
     if int(failed_at):
         largest = float(hessian.diagonal().max())
         raise NotPositiveDefiniteError(
-            f"the Hessian is not positive definite in {str(hessian.dtype).removeprefix('torch.')}: pivot {int(failed_at)} of "
-            f"{len(hessian)} is not positive, the largest diagonal entry is {largest:.3g} against prior_precision "
+            f"the Hessian is not positive definite in float64: pivot {int(failed_at)} of {len(hessian)} is not positive, the largest diagonal entry is {largest:.3g} against prior_precision "
             f"{prior_precision:.3g}; pass float64 features, standardise them, or raise prior_precision"
         )
     return factor

@@ -1,8 +1,10 @@
 """Expectations over the logits of each image under a Gaussian posterior: E_q[log p], E_q[p], E_q[p p^T].
 
-Under q the centred logits of image n are a Gaussian in K-1 dimensions, whatever D is. One rule for the standard normal serves all
-images: Gauss-Hermite for K = 2, where the softmax is a function of one variable; else Sobol points, each with its mirror
-image, so that odd moments are exact. ``refine`` measures the rule's error against a rule of other points.
+Under q the centred logits of image n are a Gaussian in K-1 dimensions, whatever D is. One rule for the standard
+normal serves all
+images: Gauss-Hermite for K = 2, where the softmax is a function of one variable; else Sobol points, each with
+its mirror image, so that odd moments are exact. ``refine`` measures the rule's error against a rule of other
+points.
 """
 
 from __future__ import annotations

@@ -23,13 +23,14 @@ _count = itertools.count()
 class AutoLastLayerLaplace(AutoLaplaceApproximation):
     """Laplace's approximation of a model that calls ``last_layer``: used with SVI as Pyro documents its parent.
 
-    The parent asks autograd for one row of the Hessian at a time; this one uses H = sum_n (diag p_n - p_n p_n^T) (x)
-    phi~_n phi~_n^T + tau I, in the contrast basis, where the shift that softmax cannot see has its prior precision exactly.
-    A model without ``last_layer`` in it is left to the parent, which stays reachable as
+    The parent asks autograd for one row of the Hessian at a time; this one uses H = sum_n (diag p_n - p_n
+    p_n^T) (x) phi~_n phi~_n^T + tau I, in the contrast basis, where the shift that softmax cannot see has its
+    prior precision exactly. A model without ``last_layer`` in it is left to the parent, which stays reachable as
     ``AutoLaplaceApproximation.laplace_approximation(guide, ...)``. Unlike Pyro's, no two guides share a parameter.
 
     Args:
-        model: ``last_layer`` itself, a partial of it, or any model whose only latent sites are its "weight" and "bias".
+        model: ``last_layer`` itself, a partial of it, or any model whose only latent sites are its "weight" and
+        "bias".
     """
 
     def __init__(self, model: Callable[..., Any], **options: Any) -> None:
@@ -93,7 +94,8 @@ def gaussian_guide(
 def theta_scale_tril(covariance: FullCovariance) -> Tensor:
     """The lower Cholesky factor of Cov(theta) in the order of Pyro's guide, (P, P).
 
-    With Sigma = R R^T, R = [(Q (x) I) L^-T, 1/sqrt(K) (x) I/sqrt(tau)], the factor is the transposed triangle of R^T's QR.
+    With Sigma = R R^T, R = [(Q (x) I) L^-T, 1/sqrt(K) (x) I/sqrt(tau)], the factor is the transposed triangle
+    of R^T's QR.
     """
     k, width = covariance.num_classes, covariance.num_features + 1
     seen = torch.einsum("kj,mje->mke", covariance.basis, covariance.inverse_cholesky)

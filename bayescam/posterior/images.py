@@ -1,7 +1,7 @@
 """The training images of one fit: checked features and labels, read in chunks, summed over ranks.
 
-Every sum over images in this folder goes through ``TrainingImages.chunks`` and ``TrainingImages.total``, so that memory maps,
-GPUs and process groups are the business of this module alone.
+Every sum over images in this folder goes through ``TrainingImages.chunks`` and ``TrainingImages.total``, so
+that memory maps, GPUs and process groups are the business of this module alone.
 """
 
 from __future__ import annotations

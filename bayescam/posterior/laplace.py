@@ -1,4 +1,4 @@
-"""``Laplace``, the Gaussian posterior of a last layer, and ``fit_laplace``, which makes one from features and labels."""
+"""``Laplace``, the Gaussian posterior of a last layer, and ``fit_laplace``, which makes one."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ from bayescam.posterior.curvature import (
     probabilities_at,
 )
 from bayescam.posterior.draws import Draws
-from bayescam.posterior.images import TrainingImages, augment, check_images, check_prior_precision, check_rows
 from bayescam.posterior.evidence import BRACKET, maximise
+from bayescam.posterior.images import TrainingImages, augment, check_images, check_prior_precision, check_rows
 from bayescam.posterior.laplace_file import SCALARS, STORED, read_laplace_file
 from bayescam.posterior.map import MapEstimate, find_map, whitening
-
 from bayescam.posterior.refine import Refinement
 
 if TYPE_CHECKING:
@@ -41,7 +40,8 @@ CRITERIA = ("evidence", "elbo")
 
 @dataclass(frozen=True, eq=False)
 class Laplace:
-    """A Gaussian posterior over weight and bias: Laplace's around the MAP, or the refined one. All tensors are float64.
+    """A Gaussian posterior over weight and bias: Laplace's around the MAP, or the refined one. All tensors are
+    float64.
 
     Args:
         weight_mean: (K, D).    bias_mean: (K,).
@@ -239,7 +239,8 @@ def fit_laplace(
         features: phi (N, D), a tensor, array or memory map; float32 or float64 (float16 is computed in float32).
         labels: (N,) whole numbers in 0..K-1.
         num_classes: K; one more than the largest label without it.
-        prior_precision: tau; "evidence" chooses it by Laplace's marginal likelihood, the MAP re-fitted at every value tried;
+        prior_precision: tau; "evidence" chooses it by Laplace's marginal likelihood, the MAP re-fitted at every
+        value tried;
             "elbo" by the evidence lower bound of the refined posterior, to be trusted where Laplace is not.
         structure: "full", "kron" or "diag".
         class_weights: (K,) positive; the likelihood of image n is then raised to class_weights[y_n], alike in MAP,
@@ -351,6 +352,6 @@ def _notes(images: TrainingImages, theta: Tensor) -> Iterator[str]:
         wrong += (logits.argmax(-1) != images.labels[span]).sum()
     if int(images.total(wrong)) == 0:
         yield (
-            "prior-dominated: the training images are linearly separable, so the likelihood has no maximum and the prior "
-            "sets the scale of the logits"
+            "prior-dominated: the training images are linearly separable, so the likelihood has no maximum "
+            "and the prior sets the scale of the logits"
         )

@@ -47,7 +47,7 @@ class MapEstimate:
 
 
 def whitening(images: TrainingImages) -> KronCovariance:
-    """The Kronecker curvature at theta = 0, where every Lambda_n is (I - 11^T/K) / K, with tau = 1: the solver's coordinates."""
+    """The Kronecker curvature at theta = 0, where Lambda_n = (I - 11^T/K) / K, with tau = 1: the solver's coordinates."""
     gram, k = feature_gram(images), images.num_classes
     return kron_covariance(gram, centring(k, like=gram) / k, 1.0, 1.0)
 
@@ -57,7 +57,8 @@ def descend(
 ) -> Tensor:
     """L-BFGS from ``start`` until the whitened gradient is below ``tolerance``; theta (K, D+1).
 
-    In z with theta = V (z / sqrt(b a + tau)) U^T the Hessian is near the identity, so that a few dozen evaluations do.
+    In z with theta = V (z / sqrt(b a + tau)) U^T the Hessian is near the identity, so that a few dozen
+    evaluations do.
     """
     norm = [math.inf]
 
@@ -138,7 +139,7 @@ def find_map(
             return MapEstimate(theta, float(value), gradient, decrement)
         theta = theta - _step_length(theta, step, float(value), images, prior_precision) * step
     raise ConvergenceError(
-        f"the MAP is still {decrement:.3g} posterior sds away after {_NEWTON_STEPS} Newton steps (wanted {tolerance:.3g}); "
+        f"the MAP is still {decrement:.3g} posterior sds away after {_NEWTON_STEPS} Newton steps (want {tolerance:.3g}); "
         "pass float64 features, standardise them, or raise prior_precision"
     )
 
@@ -152,5 +153,6 @@ def _step_length(theta: Tensor, step: Tensor, value: float, images: TrainingImag
             return length
         length /= 2
     raise ConvergenceError(
-        f"no step along Newton's direction lowers -log joint = {value:.6g}; pass float64 features or raise prior_precision"
+        f"no step along Newton's direction lowers -log joint = {value:.6g}; "
+        "pass float64 features or raise prior_precision"
     )

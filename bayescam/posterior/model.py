@@ -1,7 +1,8 @@
 """The one density of the project: a multinomial-logit last layer with an isotropic Gaussian prior, in Pyro.
 
-MAP, Hessian, evidence, refinement and NUTS all target it: ``last_layer`` states it to Pyro, and ``negative_log_joint``
-is the same number (and its gradient) in closed form, which ``tests/posterior/test_model.py`` holds to Pyro's trace.
+MAP, Hessian, evidence, refinement and NUTS all target it: ``last_layer`` states it to Pyro, and
+``negative_log_joint`` is the same number (and its gradient) in closed form, which
+``tests/posterior/test_model.py`` holds to Pyro's trace.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def last_layer(
     Returns:
         The labels, (N,).
 
-    The site "y" carries features and class weights in its ``infer`` dictionary, where ``AutoLastLayerLaplace`` finds them.
+    The site "y" carries features and class weights in its ``infer`` dictionary, where ``AutoLastLayerLaplace``
+    finds them.
     """
     n, d = features.shape
     sd = torch.as_tensor(prior_precision, dtype=features.dtype, device=features.device).rsqrt()
@@ -63,7 +65,8 @@ def log_prior(theta: Tensor, prior_precision: float) -> Tensor:
 
 
 def negative_log_joint(theta: Tensor, images: TrainingImages, prior_precision: float) -> tuple[Tensor, Tensor]:
-    """-log p(theta) - log p(y | theta), constants included, and its gradient; the same number as ``last_layer``'s trace.
+    """-log p(theta) - log p(y | theta), constants included, and its gradient; the same number as
+    ``last_layer``'s trace.
 
     Products over features are taken in the images' type, chunk by chunk; sums are accumulated in float64.
 

@@ -49,12 +49,14 @@ DEFAULT_METHOD = "mc"
 def gaussian_predict_proba(laplace: Laplace, features: Tensor, *, method: str, num_points: int = 1024) -> Tensor:
     """Class probabilities under a Gaussian posterior: features (N, D) -> (N, K).
 
-    No method can see the shift common to all logits. For K = 2 all but "map" are one-dimensional Gauss-Hermite quadrature.
+    No method can see the shift common to all logits. For K = 2 all but "map" are one-dimensional Gauss-Hermite
+    quadrature.
 
     Args:
         laplace: the posterior.
         features: phi, (N, D).
-        method: "mc", quasi-Monte Carlo in the K-dimensional space of the centred logits; "pairwise", MacKay's probit on every
+        method: "mc", quasi-Monte Carlo in the K-dimensional space of the centred logits; "pairwise", MacKay's
+        probit on every
             pair of classes; "bridge", the Laplace bridge; "map", the softmax at the mean, no uncertainty at all.
         num_points: of the "mc" rule, even.
     """
@@ -107,7 +109,8 @@ def pairwise_probit(mean: Tensor, covariance: Tensor) -> Tensor:
 
 
 def laplace_bridge(mean: Tensor, covariance: Tensor) -> Tensor:
-    """The Dirichlet whose density over softmax inputs has these moments (MacKay 1998; Hobbhahn, Kristiadi and Hennig 2022).
+    """The Dirichlet whose density over softmax inputs has these moments (MacKay 1998; Hobbhahn, Kristiadi and
+    Hennig 2022).
 
     alpha_k = (1 - 2/K + exp(m_k) / K^2 sum_j exp(-m_j)) / V_kk on the centred moments; p = alpha / sum alpha.
 

@@ -1,25 +1,30 @@
-"""The Gaussian nearest to the posterior in KL(q || posterior), by variational Newton from Laplace's (Opper and Archambeau 2009).
+"""The Gaussian nearest to the posterior in KL(q || posterior), by variational Newton from Laplace's (Opper and
+Archambeau 2009).
 
 With U = -log joint and q = Normal(m, Sigma), ELBO(q) = -E_q[U] + entropy. Bonnet's and Price's theorems give
 
     dELBO/dm = -E_q[grad U],    dELBO/dSigma = (Sigma^-1 - E_q[Hessian U]) / 2,
 
-so the optimum has E_q[grad U] = 0 and Sigma^-1 = E_q[Hessian U]. U depends on theta through the logits of each image alone, hence
+so the optimum has E_q[grad U] = 0 and Sigma^-1 = E_q[Hessian U]. U depends on theta through the logits of each
+image alone, hence
 
     E_q[grad U] = sum_n w_n (E[p_n] - y_n) phi~_n^T + tau m,
     E_q[Hessian U] = sum_n w_n E[diag p_n - p_n p_n^T] (x) phi~_n phi~_n^T + tau I,
 
-with expectations over K-dimensional Gaussians. For fixed Sigma the ELBO is concave in m: it is maximised over m by L-BFGS in
-coordinates whitened by Sigma. Sigma is a fixed point of weights -> Sigma -> expected weights, where the weights are, by structure,
+with expectations over K-dimensional Gaussians. For fixed Sigma the ELBO is concave in m: it is maximised over m
+by L-BFGS in coordinates whitened by Sigma. Sigma is a fixed point of weights -> Sigma -> expected weights,
+where the weights are, by structure,
 
-    full   E[p_na p_nb], one for every image and pair of classes;  Sigma^-1 = sum_ab q_ab q_ab^T (x) G_ab(weights) + tau I
-    kron   mean_n E[p_na p_nb], the class factor, and E[tr Lambda_n], which weigh the feature factor; their product has
-           the trace of E_q[H]. An approximate fixed point: within the family only the mean is optimal.
+    full   E[p_na p_nb], one for every image and pair of classes;
+           Sigma^-1 = sum_ab q_ab q_ab^T (x) G_ab(weights) + tau I
+    kron   mean_n E[p_na p_nb], the class factor, and E[tr Lambda_n], which weigh the feature factor; their product
+           has the trace of E_q[H]. An approximate fixed point: within the family only the mean is optimal.
     diag   the precisions E_q[H_ii], the optimum of the mean-field family
 
-all positive, so the iteration runs in their logarithms, accelerated by Anderson's method (Walker and Ni 2011), one curvature a
-step. A step is kept only if the ELBO rises; one that does not is shortened. VBLL (Harrison, Willes and Snoek 2024) trains a
-Jensen bound of this ELBO with class-wise covariances by SGD, and IVON (Shen et al. 2024) a diagonal one; this is post hoc.
+all positive, so the iteration runs in their logarithms, accelerated by Anderson's method (Walker and Ni 2011),
+one curvature a step. A step is kept only if the ELBO rises; one that does not is shortened. VBLL (Harrison,
+Willes and Snoek 2024) trains a Jensen bound of this ELBO with class-wise covariances by SGD, and IVON (Shen et
+al. 2024) a diagonal one; this is post hoc.
 """
 
 from __future__ import annotations
@@ -57,8 +62,10 @@ class Refinement:
     Args:
         elbo: after every step kept the first being the start's.
         curvatures: how many Hessians (or their factors) were built.
-        change: rms relative change that one more undamped step would make to the weights, weighed by size: 0 at the fixed point.
-        rule_error: |ELBO by the rule that made the steps - ELBO by the judge's twice as many other points|, in nats.
+        change: rms relative change that one more undamped step would make to the weights, weighed by size: 0 at
+        the fixed point.
+        rule_error: |ELBO by the rule that made the steps - ELBO by the judge's twice as many other points|, in
+        nats.
         converged: whether the ELBO or the weights had stopped changing.
     """
 
@@ -71,7 +78,7 @@ class Refinement:
 
 @dataclass(frozen=True, eq=False)
 class _Rules:
-    """The rule that steps are made with, and one of other points that judges them: no step can fit the points it is judged by."""
+    """The rule that makes the steps, and one of other points that judges them: no step can fit its judge."""
 
     work: NormalRule
     judge: NormalRule
@@ -93,7 +100,8 @@ def refine(laplace: Laplace, images: TrainingImages, *, num_points: int | None =
     Args:
         laplace: the start.
         images: the training images it was fitted on.
-        num_points: T of the rule; by default 1,024, and fewer where N is so large that errors average out over images.
+        num_points: T of the rule; by default 1,024, and fewer where N is so large that errors average out over
+        images.
     """
     theta = torch.cat([laplace.weight_mean, laplace.bias_mean[:, None]], dim=1)
     points = num_points or max(128, min(1024, _POINTS_IN_ALL // max(1, images.count())) // 2 * 2)

@@ -15,8 +15,8 @@ TEMPERATURES = (0.01, 100.0)
 def fit_temperature(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> float:
     """The T > 0 that minimises the mean of -log softmax(logits / T)[label], sought within 0.01..100.
 
-    The loss is convex in 1/T, so the minimum is the only one. Use logits of images that the network was not trained on, never
-    the test set.
+    The loss is convex in 1/T, so the minimum is the only one. Use logits of images that the network was not
+    trained on, never the test set.
 
     Args:
         logits: (N, K).
