@@ -32,7 +32,7 @@ from bayescam.posterior.nuts import Nuts
 from bayescam.posterior.predictive import predict_proba
 from bayescam.posterior.temperature import fit_temperature
 from bayescam.runfolder import AlreadyComplete, RunFolder, opened, verified
-from bayescam.storage import load_tensors, printable, read_json, save_tensors, write_csv, write_text
+from bayescam.storage import load_netcdf, load_tensors, printable, read_json, save_tensors, write_csv, write_text
 
 GAUSSIANS = {
     "laplace_diag": "posterior/laplace_diag.safetensors",
@@ -471,9 +471,9 @@ def chosen_posterior(folder: Path) -> tuple[str, str]:
 
 def _gallery(predictions: Any, method: str, count: int) -> np.ndarray:
     """Test images worth a look: the surest right, the surest wrong and the most uncertain, a third each."""
-    probs = predictions["probs"].sel(method=method).values
+    probs = predictions["probs"].sel({"method": method}).values
     right = probs.argmax(1) == predictions["y"].values
-    entropy = predictions["entropy"].sel(method=method).values
+    entropy = predictions["entropy"].sel({"method": method}).values
     third = -(-count // 3)
     sure = np.argsort(entropy, kind="stable")
     groups = (sure[right[sure]][:third], sure[~right[sure]][:third], sure[::-1])
@@ -497,8 +497,7 @@ def _cams(state: _Run) -> None:
         return
     with folder.stage("cams", ["cams.nc"]):
         method, file = chosen_posterior(folder.path)
-        with xr.open_dataset(folder / "predictions.nc", engine="h5netcdf") as stored:
-            predictions = stored.load()
+        predictions = load_netcdf(folder / "predictions.nc")
         gallery = _gallery(predictions, method, state.config.explain.num_images)
         rows = state.rows("test")[gallery]
         images = state.pixels.batch(rows)
@@ -511,8 +510,8 @@ def _cams(state: _Run) -> None:
                 "sd": (("obs_id", "label", "row", "col"), posterior.sd.numpy()),
                 "image": (("obs_id", "y_pixel", "x_pixel"), (images[:, 0] * 255).round().to(torch.uint8).numpy()),
                 "y": (("obs_id",), chosen["y"].values),
-                "probs": (("obs_id", "label"), chosen["probs"].sel(method=method).values),
-                "mutual_information": (("obs_id",), chosen["mutual_information"].sel(method=method).values),
+                "probs": (("obs_id", "label"), chosen["probs"].sel({"method": method}).values),
+                "mutual_information": (("obs_id",), chosen["mutual_information"].sel({"method": method}).values),
                 "geometry": (
                     ("obs_id", "geometry_field"),
                     np.array([[float(v) for v in asdict(state.pixels.geometry[i]).values()] for i in rows]),

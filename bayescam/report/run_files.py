@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from bayescam.errors import BayescamError
+from bayescam.storage import load_netcdf, read_json
 
 _POSTERIORS = {"laplace_full": "laplace.nc", "laplace_refined": "refined.nc", "nuts": "nuts.nc"}
 
@@ -23,18 +22,11 @@ class RunFiles:
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the run."""
-        try:
-            return json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BayescamError(f"{self.folder / name}: not readable ({error}); run again") from error
+        return read_json(self.folder / name)
 
     def dataset(self, name: str, group: str | None = None) -> xr.Dataset:
         """A NetCDF file of the run, or one group of it, in memory."""
-        try:
-            with xr.open_dataset(self.folder / name, group=group, engine="h5netcdf") as stored:
-                return stored.load()
-        except (OSError, KeyError, ValueError) as error:
-            raise BayescamError(f"{self.folder / name}: not readable ({error}); run again") from error
+        return load_netcdf(self.folder / name, group)
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
@@ -71,7 +63,7 @@ class RunFiles:
 
     def probs(self, method: str) -> np.ndarray:
         """Class probabilities of the test images by one method, (N, K)."""
-        return self.predictions["probs"].sel(method=method).values
+        return self.predictions["probs"].sel({"method": method}).values
 
     def centred_weights(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Mean and sd of the class-centred weights by posterior, (K, D) each."""
