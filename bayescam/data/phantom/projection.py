@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,67 +80,64 @@ class Shadow:
 
 def project(body: Body, canvas: Canvas, part: str, without: tuple[str, ...] = ()) -> Shadow:
     """The shadow of ``body``, less the bones named in ``without``; evidence is what is at home in ``part``."""
-    cortical, spongy, occupied = (np.zeros(canvas.shape, np.float32) for _ in range(3))
+    tissue = filled(body.tissue, canvas)
+    cortical, spongy, occupied, air = (np.zeros(canvas.shape, np.float32) for _ in range(4))
     joint, evidence = (np.zeros(canvas.shape, bool) for _ in range(2))
-    bones = [one for one in body.bones if one.name not in without]
-    if bones:
-        everything = stack([one.solids for one in bones])
-        rays, boxes = Rays.of(everything), everything.boxes()
-        seen = canvas.touched(boxes)
-        at = 0
-        for one in bones:
-            rows, at = np.arange(at, at + len(one.solids)), at + len(one.solids)
-            outer = rows[: len(one.homes)][seen[rows[: len(one.homes)]]]
-            if len(outer):
-                _add_bone(
-                    one, outer - rows[0], rays, boxes, rows[0], canvas, part, (cortical, spongy, occupied), evidence
-                )
+    shadow = Shadow(cortical, spongy, occupied, tissue, air, joint, evidence)
+    _add_bones(shadow, [one for one in body.bones if one.name not in without], canvas, part)
     if body.plates is not None:
         cut = np.minimum(chords(body.plates, canvas), occupied) / np.maximum(occupied, 1e-3)
         cortical *= 1 - cut
         spongy *= 1 - cut
+    if body.air is not None:
+        np.minimum(chords(body.air, canvas), np.maximum(tissue - occupied, 0), out=air)
     for ball in body.joints:
         disc = (canvas.x[None, :] - ball.centre[0]) ** 2 + (canvas.y[:, None] - ball.centre[1]) ** 2 < ball.radius**2
         joint |= disc
         if ball.home == part:
             evidence |= disc
-    tissue = filled(body.tissue, canvas)
-    lung = np.zeros(canvas.shape, np.float32) if body.air is None else chords(body.air, canvas)
-    air = np.minimum(lung, np.maximum(tissue - occupied, 0))
-    return Shadow(cortical, spongy, occupied, tissue, air, joint, evidence)
+    return shadow
+
+
+def _add_bones(shadow: Shadow, bones: Sequence[Bone], canvas: Canvas, part: str) -> None:
+    """Add every bone on its own box, counting only the solids that reach into the picture."""
+    if not bones:
+        return
+    everything = stack([one.solids for one in bones])
+    rays, boxes = Rays.of(everything), everything.boxes()
+    seen = canvas.touched(boxes)
+    first = 0
+    for one in bones:
+        count = len(one.homes)
+        chosen = first + np.flatnonzero(seen[first : first + count])
+        if len(chosen):
+            view = canvas.window(np.concatenate([boxes[chosen, :2].min(axis=0), boxes[chosen, 2:].max(axis=0)]))
+            if view is not None:
+                both = rays[np.concatenate([chosen, chosen + count])]
+                low, high = both.intervals(canvas.x[view[1]], canvas.y[view[0]])
+                home = np.array([one.homes[row] == part for row in chosen - first])
+                _add_bone(shadow, view, low, high, one.spongy[chosen - first].astype(np.float32), home)
+        first += 2 * count
 
 
 def _add_bone(
-    one: Bone,
-    chosen: NDArray[np.integer],
-    rays: Rays,
-    boxes: Array,
-    first: int,
-    canvas: Canvas,
-    part: str,
-    maps: tuple[Array, Array, Array],
-    evidence: NDArray[np.bool_],
+    shadow: Shadow, view: tuple[slice, slice], low: Array, high: Array, share: Array, home: NDArray[np.bool_]
 ) -> None:
-    """Add the ``chosen`` solids of a bone, whose rows in ``rays`` and ``boxes`` begin at ``first``."""
-    box = boxes[first + chosen]
-    view = canvas.window(np.concatenate([box[:, :2].min(axis=0), box[:, 2:].max(axis=0)]))
-    if view is None:
-        return
-    count = len(chosen)
-    rows = first + np.concatenate([chosen, chosen + len(one.homes)])
-    low, high = rays[rows].intervals(canvas.x[view[1]], canvas.y[view[0]])
+    """Add one bone's intervals (2n, h, w), outer then inner; ``share`` (n,) of bone inside, ``home`` (n,) for evidence.
+
+    Cortex is the outer union less the inner one; what is held is the inner union at the mean share of its solids.
+    """
+    count = len(share)
     outside = union_length(low[:count], high[:count])
     within = union_length(low[count:], high[count:])
     length = high - low
-    share = one.spongy[chosen].astype(np.float32)
-    fraction = np.einsum("n,nhw->hw", share, length[count:]) / np.maximum(length[count:].sum(axis=0), 1e-3)
-    cortical, spongy, occupied = maps
-    cortical[view] += np.maximum(outside - within, 0)
-    spongy[view] += within * fraction
-    occupied[view] += outside
-    home = [k for k, row in enumerate(chosen) if one.homes[row] == part]
-    if home:
-        evidence[view] |= (length[home] > VISIBLE).any(axis=0)
+    held = length[count:]
+    fraction = np.einsum("n,nhw->hw", share, held) / np.maximum(held.sum(axis=0), 1e-3)
+    shadow.cortical[view] += np.maximum(outside - within, 0)
+    shadow.spongy[view] += within * fraction
+    shadow.occupied[view] += outside
+    if home.any():
+        shadow.evidence[view] |= (length[:count][home] > VISIBLE).any(axis=0)
 
 
 def chords(solids: Solids, canvas: Canvas) -> Array:
