@@ -8,6 +8,7 @@ import io
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bayescam.errors import FileFormatError
 
 if TYPE_CHECKING:
+    import xarray as xr
     from torch import Tensor
 
 
@@ -142,6 +144,59 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FileFormatError(f"{path}: holds no JSON object; restore it or run again")
     return content
+
+
+def save_netcdf(path: Path, groups: Mapping[str | None, xr.Dataset]) -> None:
+    """Write datasets as the groups of one NetCDF file, atomically; the group None is the root.
+
+    The file is made in memory: HDF5 that meets a full disk can take the whole process down.
+    """
+    buffer = io.BytesIO()
+    for name, dataset in groups.items():
+        dataset.to_netcdf(buffer, mode="a" if buffer.getbuffer().nbytes else "w", group=name, engine="h5netcdf")
+    write_bytes(path, buffer.getvalue())
+
+
+def load_netcdf(path: Path, group: str | None = None) -> xr.Dataset:
+    """One group of a NetCDF file, in memory, with the file closed.
+
+    Raises:
+        FileFormatError: absent, broken, without the group, or claiming more numbers than the file can hold.
+    """
+    import h5py
+    import xarray as xr
+
+    if not path.is_file():
+        raise FileFormatError(f"{path}: no such file; run again")
+    try:
+        with h5py.File(path) as raw:
+            dict(raw.attrs)  # where these are broken, h5netcdf would complain twice
+        with warnings.catch_warnings(action="ignore"), xr.open_dataset(path, group=group, engine="h5netcdf") as stored:
+            if stored.nbytes > 16 * path.stat().st_size + 2**20:
+                raise ValueError(f"claims {stored.nbytes} bytes of numbers")
+            return stored.load()
+    except Exception as error:  # HDF5 and its readers raise almost anything at foreign bytes
+        where = "" if group is None else f" in group {group!r}"
+        raise FileFormatError(f"{path}: not a whole NetCDF file{where} ({_one_line(error)}); run again") from error
+
+
+def netcdf_groups(path: Path) -> list[str]:
+    """The names of a NetCDF file's groups.
+
+    Raises:
+        FileFormatError: absent or broken.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path) as stored:
+            return [str(name) for name, part in stored.items() if isinstance(part, h5py.Group)]
+    except Exception as error:  # as above
+        raise FileFormatError(f"{path}: not a whole NetCDF file ({_one_line(error)}); run again") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -12,6 +12,7 @@ when anything but an answer or a ``BayescamError`` came out.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import random
 import signal
@@ -119,6 +120,35 @@ def mutate_safetensors(content: bytes, rng: random.Random) -> bytes:
         header = mutate_tree(header, rng)
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + body
+
+
+def mutate_netcdf(content: bytes, rng: random.Random) -> bytes:
+    """A NetCDF file with an object or attribute removed, renamed or replaced by something else."""
+    import h5py
+
+    buffer = io.BytesIO(content)
+    with h5py.File(buffer, "a") as file:
+        names: list[str] = []
+        file.visit(names.append)
+        for _ in range(rng.randint(1, 3)):
+            name = rng.choice(names)
+            if name not in file:
+                continue
+            kind = rng.randrange(4)
+            if kind == 0:
+                del file[name]
+            elif kind == 1:
+                file.move(name, f"{name}_{rng.randrange(9)}")
+            elif kind == 2 and file[name].attrs:
+                key = rng.choice(sorted(file[name].attrs))
+                del file[name].attrs[key]
+                file[name].attrs[key] = rng.choice([-1, 2.5, "x", "\ud800".encode("utf-8", "surrogatepass"), [1, 2]])
+            else:
+                parent = name.rpartition("/")[0]
+                del file[name]
+                value = rng.choice([3, "text", [1.5], [[1, 2], [3, 4]], float("nan"), [], ["a", "b"], 10**15])
+                file[f"{parent}/{name.rpartition('/')[2]}"] = value
+    return buffer.getvalue()
 
 
 # --- what is read ---------------------------------------------------------------------------------------------------
@@ -276,6 +306,30 @@ def _comparison_json(folder: Path) -> Reader:
     return read
 
 
+def _netcdf(folder: Path) -> Reader:
+    from bayescam.diagnose.diagnosis import nuts_checks
+    from bayescam.diagnose.inference_data import load, save, save_dataset, to_inference_data
+    from bayescam.posterior.laplace import fit_laplace
+    from bayescam.posterior.nuts import sample_nuts
+    from bayescam.storage import load_netcdf
+
+    features, labels = _features()
+    laplace = fit_laplace(features, labels, prior_precision=1.0)
+    lengths = {"num_chains": 2, "num_samples": 4, "num_warmup": 20}
+    nuts = sample_nuts(laplace, features, labels, **lengths, progress=False)
+    idata = to_inference_data(nuts, features[:3], labels[:3], classes=["a", "b", "c"])
+    save(idata, folder / "nuts.nc")
+    save_dataset(idata.posterior, folder / "posterior.nc")
+
+    def read(path: Path) -> None:
+        load_netcdf(path)
+        load(path)
+        if path.name != "posterior.nc":
+            nuts_checks(path)
+
+    return read
+
+
 Mutators = list[Callable[[bytes, random.Random], bytes]]
 READERS: dict[str, tuple[Callable[[Path], Reader], Mutators]] = {
     "config": (_config, [mutate_bytes, mutate_toml]),
@@ -288,9 +342,10 @@ READERS: dict[str, tuple[Callable[[Path], Reader], Mutators]] = {
     "run": (_run_json, [mutate_bytes, mutate_json]),
     "stages": (_stages_json, [mutate_bytes, mutate_json]),
     "comparison": (_comparison_json, [mutate_bytes, mutate_json]),
+    "netcdf": (_netcdf, [mutate_bytes, mutate_netcdf]),
 }
 
-IN_C: list[str] = []  # readers that a C library could crash: always in a process of their own
+IN_C = ["netcdf"]  # readers that a C library could crash: always in a process of their own
 
 # --- the loop -------------------------------------------------------------------------------------------------------
 

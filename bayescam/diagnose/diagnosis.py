@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import xarray as xr
+import numpy as np
 
 from bayescam.diagnose.convergence import Convergence, convergence, energy_fraction
-from bayescam.errors import BayescamError
+from bayescam.errors import BayescamError, FileFormatError
 from bayescam.posterior.laplace import Laplace, load_laplace
+from bayescam.storage import load_netcdf, read_json
 
 MAX_RHAT = 1.05
 MIN_ESS = 100.0
@@ -89,30 +89,41 @@ def diagnose_run(folder: Path) -> Diagnosis:
     if refined.is_file():
         checks += laplace_checks("refined", load_laplace(refined))
     if (folder / "comparison.json").is_file():
-        checks += comparison_checks(json.loads((folder / "comparison.json").read_text(encoding="utf-8")))
+        checks += comparison_checks(read_json(folder / "comparison.json"))
     return Diagnosis(str(folder), tuple(checks))
 
 
 def nuts_checks(path: Path) -> list[Check]:
     """The checks of a ``posterior/nuts.nc``."""
-    posterior, stats = _group(path, "posterior"), _group(path, "sample_stats")
-    scalars = {
-        "centred weights": convergence(posterior["weight_centred"].values),
-        "log joint": convergence(stats["lp"].values),
-    }
-    predictions = _group(path, "predictions")
-    if "probs" in predictions:
-        scalars["probabilities"] = convergence(predictions["probs"].values[:, :, :_IMAGES])
+    weights, probabilities, stats = _chains(path)
+    scalars = {"centred weights": convergence(weights), "log joint": convergence(stats["lp"])}
+    if probabilities is not None:
+        scalars["probabilities"] = convergence(probabilities[:, :, :_IMAGES])
     checks = []
     for name, numbers in scalars.items():
         checks += _convergence_checks(name, numbers)
-    fraction = min(energy_fraction(stats["energy"].values))
-    divergent = int(stats["diverging"].values.sum())
-    deepest = int((stats["tree_depth"].values >= _DEFAULT_MAX_DEPTH).sum())
+    fraction = min(energy_fraction(stats["energy"]))
+    divergent = int(stats["diverging"].sum())
+    deepest = int((stats["tree_depth"] >= _DEFAULT_MAX_DEPTH).sum())
     checks.append(Check("nuts", "E-BFMI, worst chain", fraction, "at least 0.3", fraction >= MIN_ENERGY_FRACTION))
     checks.append(Check("nuts", "divergent transitions", divergent, "none", divergent == 0))
     checks.append(Check("nuts", "transitions at maximum tree depth", deepest, "none", deepest == 0))
     return checks
+
+
+def _chains(path: Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, np.ndarray]]:
+    """Centred weights (C, S, K, D), predicted probabilities (C, S, N, K) if there are any, and statistics (C, S)."""
+    groups = {name: load_netcdf(path, name) for name in ("posterior", "sample_stats", "predictions")}
+
+    def array(group: str, name: str, dims: int) -> np.ndarray:
+        found = groups[group].get(name)
+        if found is None or found.ndim != dims or found.size == 0 or found.dtype.kind not in "fiub":
+            raise FileFormatError(f"{path}: holds no {name} of NUTS by chain and draw; give a complete run")
+        return found.values
+
+    stats = {name: array("sample_stats", name, 2) for name in ("lp", "energy", "diverging", "tree_depth")}
+    probabilities = array("predictions", "probs", 4) if "probs" in groups["predictions"] else None
+    return array("posterior", "weight_centred", 4), probabilities, stats
 
 
 def _convergence_checks(name: str, numbers: Convergence) -> list[Check]:
@@ -152,11 +163,3 @@ def comparison_checks(comparison: dict[str, Any]) -> list[Check]:
             rule = f"at most {limit:.4f} (twice NUTS half against half, at least 0.01)"
             checks.append(Check("comparison", f"total variation, {name} to NUTS", distance, rule, distance <= limit))
     return checks
-
-
-def _group(path: Path, name: str) -> xr.Dataset:
-    try:
-        with xr.open_dataset(path, group=name, engine="h5netcdf") as stored:
-            return stored.load()
-    except (OSError, KeyError, ValueError) as error:
-        raise BayescamError(f"{path}: no readable group {name!r}; run again") from error

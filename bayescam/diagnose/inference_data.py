@@ -26,7 +26,7 @@ from bayescam.posterior.images import check_images
 from bayescam.posterior.laplace import Laplace
 from bayescam.posterior.model import log_prior, negative_log_joint
 from bayescam.posterior.nuts import Nuts
-from bayescam.storage import atomic_path
+from bayescam.storage import load_netcdf, netcdf_groups, save_netcdf
 
 _ELEMENTS = 1 << 24
 _MAX_PREDICTION_ELEMENTS = 30_000_000
@@ -97,31 +97,22 @@ def to_inference_data(
 
 def save(idata: Any, path: Path) -> Path:
     """Write InferenceData (or a DataTree) as NetCDF through h5netcdf, atomically."""
-    with atomic_path(Path(path)) as temporary:
-        temporary.unlink()
-        for number, group in enumerate(sorted(group_names(idata))):
-            get_dataset(idata, group).to_netcdf(temporary, mode="a" if number else "w", group=group, engine="h5netcdf")
+    save_netcdf(Path(path), {name: get_dataset(idata, name) for name in sorted(group_names(idata))})
     return Path(path)
 
 
 def load(path: Path) -> Any:
-    """Read what ``save`` wrote, into memory, with the file closed."""
-    import h5netcdf
+    """Read what ``save`` wrote, into memory, with the file closed.
 
-    with h5netcdf.File(path, "r") as stored:
-        names = list(stored.groups)
-    groups = {}
-    for name in names:
-        with xr.open_dataset(path, group=name, engine="h5netcdf") as dataset:
-            groups[name] = dataset.load()
-    return make_idata(groups)
+    Raises:
+        FileFormatError: absent or broken.
+    """
+    return make_idata({name: load_netcdf(Path(path), name) for name in netcdf_groups(Path(path))})
 
 
 def save_dataset(dataset: xr.Dataset, path: Path) -> Path:
     """Write one Dataset as NetCDF through h5netcdf, atomically."""
-    with atomic_path(Path(path)) as temporary:
-        temporary.unlink()
-        dataset.to_netcdf(temporary, engine="h5netcdf")
+    save_netcdf(Path(path), {None: dataset})
     return Path(path)
 
 
