@@ -58,16 +58,16 @@ def picture(found: dict[str, Ranks]) -> Figure:
     columns = list(next(iter(found.values())).ranks)
     figure = Figure(figsize=(2.6 * len(columns), 2.3 * len(found)), layout="constrained")
     axes = figure.subplots(len(found), len(columns), sharex=True, sharey="row", squeeze=False)
+    for axis, column in zip(axes[0], columns, strict=True):
+        axis.set_title(column, fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("rank of the truth / draws", fontsize=8)
     for row, (name, ranks) in zip(axes, found.items(), strict=True):
         for axis, column in zip(row, columns, strict=True):
             curve = ecdf_difference(ranks.ranks[column], ranks.num_draws)
             axis.fill_between(curve.points, curve.lower, curve.upper, color="0.85", step="post")
             axis.step(curve.points, curve.difference, where="post", color="C0" if curve.inside else "C3")
             axis.axhline(0, color="0.5", linewidth=0.6)
-            if row is axes[0]:
-                axis.set_title(column, fontsize=9)
-            if row is axes[-1]:
-                axis.set_xlabel("rank of the truth / draws", fontsize=8)
         row[0].set_ylabel(f"{name}\nECDF difference", fontsize=9)
     return figure
 
