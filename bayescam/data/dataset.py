@@ -168,7 +168,7 @@ class RadiographDataset:
 
     @cached_property
     def _keys(self) -> list[str]:
-        return _in_threads(self.source.key, self.records, 0, None)
+        return in_threads(self.source.key, self.records, 0, None)
 
     def groups(self) -> list[str]:
         """What must stay on one side of a split: the patient, else equal content; (N,)."""
@@ -191,7 +191,7 @@ class RadiographDataset:
             return None
 
         files = [record for record in self.records if record.path is not None]
-        found = _in_threads(attempt, files, num_workers, "checking images" if progress else None)
+        found = in_threads(attempt, files, num_workers, "checking images" if progress else None)
         return [error for error in found if error is not None]
 
     def pixels(self, size: int, *, num_workers: int = 0, cache: Path | None = None, progress: bool = True) -> Pixels:
@@ -227,7 +227,7 @@ class RadiographDataset:
             images[index] = square
             return geometry
 
-        return _in_threads(fill, range(len(self)), workers if recipe is None else 1, description)
+        return in_threads(fill, range(len(self)), workers if recipe is None else 1, description)
 
 
 def _cores() -> int:
@@ -235,7 +235,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _in_threads(work: Callable[..., _T], items: Sequence, num_workers: int, description: str | None) -> list[_T]:
+def in_threads(work: Callable[..., _T], items: Sequence, num_workers: int, description: str | None) -> list[_T]:
     """Map in order over threads: decoding and resizing release the interpreter's lock."""
     workers = num_workers or _cores()
     with ThreadPoolExecutor(workers) as pool:
