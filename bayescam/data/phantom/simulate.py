@@ -103,7 +103,7 @@ def _density(exam: Examination, canvas: Canvas, shadow: Shadow, extra: dict[str,
 
 
 def _limits(exam: Examination, canvas: Canvas, density: Array, extra: dict[str, Array]) -> tuple[float, float]:
-    """The ends of the window: the lower quantile of the exposed field, the upper of its middle, lead and metal apart."""
+    """The ends of the window: the lower quantile of the exposed field, the upper of its middle, without metal."""
     chosen = canvas.inside(exam.collimator)
     for material in ("lead", "steel", "titanium"):
         if material in extra:
