@@ -203,3 +203,10 @@ def test_cast_and_hardware_come_with_their_masks():
             worn["hardware"] += masks["hardware"].any() and exam.hardware is not None
     assert worn["cast"] >= 2
     assert worn["hardware"] >= 4
+
+
+def test_shortcut_touches_nothing_but_the_marker():
+    for case in roster(6, 2, SMALL):
+        honest, planted = (radiograph(case, 2, replace(SMALL, shortcut=s, without=("marker",))) for s in (0.0, 1.0))
+        np.testing.assert_array_equal(honest.masks["bone"], planted.masks["bone"])
+        assert replace(honest.exam, marker=None) == replace(planted.exam, marker=None)
