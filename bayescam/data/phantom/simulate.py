@@ -25,9 +25,9 @@ LEAK = 0.004  # share of the beam that passes the collimator's leaves
 class Simulated:
     """One simulated radiograph: ``image`` (H, W) float32 in [0, 1], ``masks`` name -> bool (H, W), and its making.
 
-    Masks: ``bone``; ``joint``, discs around joint spaces; ``soft_tissue``, the whole patient; ``evidence``, the bones and
-    joints at home in this part, where exposed; ``marker``, ``hardware``, ``cast``; ``collimation``, what is not exposed.
-    All but evidence are of the objects, also behind the collimator.
+    Masks: ``bone``; ``joint``, discs around joint spaces; ``soft_tissue``, the whole patient; ``evidence``, the bones
+    and joints at home in this part, where exposed; ``marker``, ``hardware``, ``cast``; ``collimation``, what is not
+    exposed. All but evidence are of the objects, also behind the collimator.
     """
 
     case: Case
