@@ -45,14 +45,14 @@ def reliability_figure(probs: Mapping[str, np.ndarray], labels: np.ndarray) -> F
 
 def risk_coverage_figure(probs: Mapping[str, np.ndarray], labels: np.ndarray) -> Figure:
     """Error among the images kept when the least sure are handed to a person."""
-    figure = new_figure(5.2, 3.4)
+    figure = new_figure(6.4, 3.2)
     axes = plain(figure.subplots(), title="Handing over the least sure images", x="share kept", y="error among them")
     for method, values in probs.items():
         coverage, risk = risk_coverage(values, labels)
         axes.plot(coverage, risk, color=COLOURS.get(method, INK), label=NAMES.get(method, method), linewidth=1.4)
     axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
@@ -145,7 +145,7 @@ def weights_figure(
     """
     mean, sd = list(moments.values())[-1]
     order = np.argsort(-np.abs(mean / sd).ravel(), kind="stable")[:num_weights]
-    figure = new_figure(6.4, 1.0 + 0.28 * len(order))
+    figure = new_figure(6.4, 1.3 + 0.28 * len(order))
     axes = plain(figure.subplots(), title="Surest centred weights, mean and 90 % interval", x="logits per unit", y="")
     offsets = np.linspace(-0.22, 0.22, len(moments))
     for offset, (method, (m, s)) in zip(offsets, moments.items(), strict=True):
@@ -163,7 +163,7 @@ def weights_figure(
     named_ticks(axes, [f"{classes[i // d]}, feature {i % d}" for i in order], axis="y")
     axes.invert_yaxis()
     axes.axvline(0, color=QUIET, linewidth=1)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(moments), fontsize=8, frameon=False)
     return figure
 
 
@@ -173,7 +173,7 @@ def trace_figure(lp: np.ndarray, energy: np.ndarray) -> Figure:
     Args:
         lp, energy: (C, S).
     """
-    figure = new_figure(6.4, 2.5)
+    figure = new_figure(6.4, 2.8)
     left, right = figure.subplots(1, 2, width_ratios=[2, 1])
     plain(left, title="Log joint by draw, one line a chain", x="draw", y="nat")
     for chain, values in enumerate(lp):
@@ -182,7 +182,7 @@ def trace_figure(lp: np.ndarray, energy: np.ndarray) -> Figure:
     centred = (energy - energy.mean(1, keepdims=True)).ravel()
     right.hist(centred, bins=30, density=True, color="#56B4E9", alpha=0.7, label="energy")
     right.hist(np.diff(energy, axis=1).ravel(), bins=30, density=True, histtype="step", color=INK, label="its steps")
-    right.legend(fontsize=7, frameon=False)
+    figure.legend(loc="outside lower right", ncols=2, fontsize=8, frameon=False)
     return figure
 
 
@@ -224,7 +224,6 @@ def cam_cases(files: RunFiles) -> list[CasePanels]:
     for i in range(cams.sizes["obs_id"]):
         probs = cams["probs"].values[i]
         k, truth = int(probs.argmax()), int(cams["y"].values[i])
-        right = "right" if k == truth else f"wrong, it is {files.classes[truth]}"
         cases.append(
             cell_panels(
                 cams["image"].values[i] / 255,
@@ -233,7 +232,7 @@ def cam_cases(files: RunFiles) -> list[CasePanels]:
                 label=k,
                 classes=files.classes,
                 probabilities=probs.tolist(),
-                title=f"{files.classes[k]} {probs[k]:.2f} ({right})",
+                title=f"truth: {files.classes[truth]}",
             )
         )
     return cases

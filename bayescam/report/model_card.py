@@ -23,12 +23,12 @@ def write_model_card(run_folder: Path) -> Path:
         "**Use.** Research on how sure a radiograph classifier is, and of where it looks.",
         "Not a medical device, not for clinical use.",
         "",
-        f"**Data.** {data['num_images']} images, {len(files.classes)} classes ({', '.join(map(_plain, files.classes))});"
-        f" train {metrics['num_train']}, valid {metrics['num_valid']}, test {metrics['num_test']}, split by patient."
+        f"**Data.** {data['num_images']} images, {len(files.classes)} classes"
+        f" ({', '.join(map(_plain, files.classes))}); train {metrics['num_train']}, valid {metrics['num_valid']}, test {metrics['num_test']}, split by patient."
         f" Licence: {_plain(data['licence'])}.",
         "",
-        "**Model.** A convolutional network, trained and frozen; its last linear layer has a Gaussian prior of precision"
-        f" {metrics['prior_precision']:.4g} and the posteriors below.",
+        "**Model.** A convolutional network, trained and frozen; its last linear layer has a Gaussian prior of"
+        f" precision {metrics['prior_precision']:.4g} and the posteriors below.",
         "",
         f"**Verdict.** {HEADLINES[files.comparison['verdict']]} {_plain(files.comparison['words'])}",
         "",
@@ -42,9 +42,9 @@ def write_model_card(run_folder: Path) -> Path:
         lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "**Limits.** Only the last layer is uncertain: the network below it is one set of weights. Trained on the images"
-        " named above and no others; other machines, projections and patients may differ. Class activation maps show what"
-        " the network used, not what is the cause.",
+        "**Limits.** Only the last layer is uncertain: the network below it is one set of weights. Trained on the"
+        " images named above and no others; other machines, projections and patients may differ. Class activation maps show"
+        " what the network used, not what is the cause.",
         "",
     ]
     path = Path(run_folder) / "MODEL_CARD.md"
