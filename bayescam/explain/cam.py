@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from bayescam.explain.arguments import check_label, check_maps, check_region
-from bayescam.explain.forms import LinearForms, forms_of
+from bayescam.explain.forms import LinearForms, forms_of, normal_exceedance, normal_quantile
 from bayescam.posterior.covariance import centring
 from bayescam.posterior.draws import Draws
 from bayescam.posterior.laplace import Laplace
 
-_CHUNK = 1 << 22  # numbers of the maps that are worked on at once
+_CHUNK = 1 << 18  # numbers of the maps that are worked on at once: what a processor's cache holds
 
 
 class CamPosterior:
@@ -84,22 +84,26 @@ class CamPosterior:
         """The value that CAM_c(u) is below with probability q in (0, 1): (N, K, h, w), in logits."""
         if not 0 < q < 1:
             raise ValueError(f"q is {q}; give a probability strictly between 0 and 1")
-        return self._cellwise(lambda rows: self.forms.quantile(rows, self.directions, q))
+        if self.forms.is_sampled:
+            return self._cellwise(lambda rows: self.forms.quantile(rows, self.directions, q))
+        return self.mean + normal_quantile(q) * self.sd
 
     def exceedance(self, t: float) -> Tensor:
         """P(CAM_c(u) > t) at every cell by itself, (N, K, h, w); t in logits. A cell that is t exactly has 0."""
-        return self._cellwise(lambda rows: self.forms.exceedance(rows, self.directions, t))
+        if self.forms.is_sampled:
+            return self._cellwise(lambda rows: self.forms.exceedance(rows, self.directions, t))
+        return normal_exceedance(self.mean, self.sd, t)
 
     def relevance(self, t: float) -> Tensor:
         """P(|CAM_c(u)| > t) for t >= 0: that the cell speaks for or against the class by more than t logits."""
         if t < 0:
             raise ValueError(f"t is {t}; give a size in logits, at least 0")
 
-        def both_sides(rows: Tensor) -> Tensor:
-            against = self.forms.exceedance(rows, -self.directions, t)
-            return self.forms.exceedance(rows, self.directions, t) + against
-
-        return self._cellwise(both_sides)
+        if self.forms.is_sampled:
+            against = self._cellwise(lambda rows: self.forms.exceedance(rows, -self.directions, t))
+        else:
+            against = normal_exceedance(-self.mean, self.sd, t)
+        return self.exceedance(t) + against
 
     def contrast(self, c: int, d: int) -> tuple[Tensor, Tensor]:
         """CAM_c - CAM_d, what speaks for class c against class d: (mean, sd), each (N, h, w), in logits."""

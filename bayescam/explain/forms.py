@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bayescam.errors import NotPositiveDefiniteError
-from bayescam.posterior.covariance import FullCovariance
+from bayescam.posterior.covariance import DiagCovariance, FullCovariance, KronCovariance
 from bayescam.posterior.draws import Draws
 from bayescam.posterior.laplace import Laplace
 
@@ -55,8 +55,9 @@ class GaussianForms:
     def __init__(self, posterior: Laplace, like: Tensor) -> None:
         self.theta = posterior.theta_mean.to(like)
         self._exact = posterior.covariance
-        self._quick = None if isinstance(self._exact, FullCovariance) else self._exact.to(like.device).to(like.dtype)
-        self._factors: dict[tuple[float, ...], Tensor] = {}
+        self._factors: dict[tuple[float, ...], tuple[Tensor, Tensor]] = {}
+        if isinstance(self._exact, KronCovariance):
+            self._rotation = self._exact.feature_vectors.to(like)
 
     @property
     def num_classes(self) -> int:
@@ -70,30 +71,33 @@ class GaussianForms:
         return rows @ (directions.to(self.theta) @ self.theta).mT
 
     def variance(self, rows: Tensor, directions: Tensor) -> Tensor:
-        if self._quick is not None:
-            return self._quick.variance(rows, directions.to(self.theta))
+        if not isinstance(self._exact, FullCovariance):
+            rotated = rows @ self._rotation if isinstance(self._exact, KronCovariance) else rows
+            return rotated.square() @ _axis_variances(self._exact, directions).to(rows).mT
         flat = rows.flatten(0, -2)
-        variances = [(flat @ self._factor(direction)).square().sum(-1) for direction in directions]
+        variances = [(flat @ self._factor(direction)[1]).square().sum(-1) for direction in directions]
         return torch.stack(variances, -1).unflatten(0, rows.shape[:-1])
 
     def covariance(self, left: Tensor, right: Tensor, direction: Tensor) -> Tensor:
         if not isinstance(self._exact, FullCovariance):
             exact, along = self._exact.to(left.device), direction.to(left.device)
             return exact.bilinear(along, along, left.double(), right.double())
-        factor = _cached_factor(self._exact, direction).to(left.device).double()
+        factor = self._factor(direction)[0]
         return (left.double() @ factor) @ (right.double() @ factor).mT
 
-    def _factor(self, direction: Tensor) -> Tensor:
-        """The direction's factor in the type and on the device of the maps."""
+    def _factor(self, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """F (E, E) with F F^T = Sigma(a, a), in float64 and in the type of the maps; those used last are kept."""
         assert isinstance(self._exact, FullCovariance)
         key = tuple(direction.tolist())
         if key not in self._factors:
-            self._factors[key] = _cached_factor(self._exact, direction).to(self.theta)
+            if len(self._factors) >= 2 * self.num_classes:
+                self._factors.pop(next(iter(self._factors)))
+            exact = _factor(self._exact, direction).to(self.theta.device)
+            self._factors[key] = exact, exact.to(self.theta)
         return self._factors[key]
 
     def quantile(self, rows: Tensor, directions: Tensor, q: float) -> Tensor:
-        z = math.sqrt(2) * float(torch.erfinv(torch.tensor(2 * q - 1, dtype=torch.float64)))
-        return self.mean(rows, directions) + z * self.variance(rows, directions).sqrt()
+        return self.mean(rows, directions) + normal_quantile(q) * self.variance(rows, directions).sqrt()
 
     def exceedance(self, rows: Tensor, directions: Tensor, threshold: float) -> Tensor:
         return normal_exceedance(self.mean(rows, directions), self.variance(rows, directions).sqrt(), threshold)
@@ -118,6 +122,7 @@ class SampledForms:
             raise ValueError("posterior has 1 draw; a spread needs at least 2")
         self.draws = torch.cat([weight, bias.unsqueeze(-1)], -1).to(like)
         self.theta = self.draws.double().mean(0).to(like)
+        self._factors: dict[tuple[float, ...], Tensor] = {}
 
     @property
     def num_classes(self) -> int:
@@ -152,11 +157,16 @@ class SampledForms:
 
     def _factor(self, direction: Tensor) -> Tensor:
         """F (E, min(E, S)) with F F^T the draws' covariance: their deviations, turned by QR where they are many."""
-        values = self._along(direction).double()
-        deviations = (values - values.mean(0)) / math.sqrt(len(values) - 1)
-        if len(deviations) > deviations.shape[1]:
-            deviations = torch.linalg.qr(deviations, mode="r").R
-        return deviations.T.to(self.draws)
+        key = tuple(direction.tolist())
+        if key not in self._factors:
+            if len(self._factors) >= 2 * self.num_classes:
+                self._factors.pop(next(iter(self._factors)))
+            values = self._along(direction).double()
+            deviations = (values - values.mean(0)) / math.sqrt(len(values) - 1)
+            if len(deviations) > deviations.shape[1]:
+                deviations = torch.linalg.qr(deviations, mode="r").R
+            self._factors[key] = deviations.T.to(self.draws)
+        return self._factors[key]
 
     def _variance(self, rows: Tensor, factor: Tensor) -> Tensor:
         return torch.cat([(part @ factor).square().sum(-1) for part in _parts(rows, factor.shape[1])])
@@ -172,13 +182,27 @@ class SampledForms:
         return torch.stack(results, -1)
 
 
+def _axis_variances(covariance: KronCovariance | DiagCovariance, directions: Tensor) -> Tensor:
+    """Variance of each direction along each axis of the features (kron: eigenvectors of A), (R, E); axes do not mix."""
+    if isinstance(covariance, DiagCovariance):
+        precision = covariance.precision
+        return directions.to(precision).square() @ precision.reciprocal()
+    directions = directions.to(covariance.class_vectors)
+    seen = (directions @ covariance.class_vectors).square() @ covariance.eigenvalues.reciprocal()
+    return seen + directions.sum(1, keepdim=True).square() / (covariance.num_classes * covariance.prior_precision)
+
+
+_FORMS: WeakKeyDictionary[Laplace | Draws, dict[tuple[torch.dtype, torch.device], LinearForms]] = WeakKeyDictionary()
+
+
 def forms_of(posterior: Laplace | Draws, like: Tensor) -> LinearForms:
-    """The posterior's linear forms, in the type and on the device of ``like``."""
-    if isinstance(posterior, Laplace):
-        return GaussianForms(posterior, like)
-    if isinstance(posterior, Draws):
-        return SampledForms(posterior, like)
-    raise TypeError(f"posterior must be a Laplace or Draws, got {type(posterior).__name__}; of a Nuts pass .draws")
+    """The posterior's linear forms, in the type and on the device of ``like``; kept as long as the posterior lives."""
+    if not isinstance(posterior, (Laplace, Draws)):
+        raise TypeError(f"posterior must be a Laplace or Draws, got {type(posterior).__name__}; of a Nuts pass .draws")
+    kept, key = _FORMS.setdefault(posterior, {}), (like.dtype, like.device)
+    if key not in kept:
+        kept[key] = GaussianForms(posterior, like) if isinstance(posterior, Laplace) else SampledForms(posterior, like)
+    return kept[key]
 
 
 def normal_exceedance(mean: Tensor, sd: Tensor, threshold: float) -> Tensor:
@@ -186,6 +210,11 @@ def normal_exceedance(mean: Tensor, sd: Tensor, threshold: float) -> Tensor:
     distance = mean - threshold
     standard = torch.where(sd > 0, distance / sd, torch.where(distance > 0, math.inf, -math.inf).to(mean))
     return torch.special.ndtr(standard)
+
+
+def normal_quantile(q: float) -> float:
+    """The standard normal's quantile."""
+    return float(torch.special.ndtri(torch.tensor(q, dtype=torch.float64)))
 
 
 def symmetric_root(covariance: Tensor) -> Tensor:
@@ -204,21 +233,6 @@ def symmetric_root(covariance: Tensor) -> Tensor:
             f"the covariance of the map has an eigenvalue {worst:.1e} of its largest; fit the posterior in float64"
         )
     return (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
-
-
-_Factors = dict[tuple[float, ...], Tensor]
-_FACTORS: WeakKeyDictionary[FullCovariance, _Factors] = WeakKeyDictionary()
-
-
-def _cached_factor(covariance: FullCovariance, direction: Tensor) -> Tensor:
-    """F (E, E) lower with F F^T = Sigma(a, a), in float64; the 2K used last are kept as long as the posterior lives."""
-    known = _FACTORS.setdefault(covariance, {})
-    key = tuple(direction.tolist())
-    if key not in known:
-        if len(known) >= 2 * covariance.num_classes:
-            known.pop(next(iter(known)))
-        known[key] = _factor(covariance, direction)
-    return known[key]
 
 
 def _factor(covariance: FullCovariance, direction: Tensor) -> Tensor:

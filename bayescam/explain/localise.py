@@ -1,7 +1,8 @@
 """Maps against masks: how much of where a map points is where the truth lies, with intervals.
 
 Each metric takes maps (N, H, W) and masks (N, H, W) bool and gives (N,) in [0, 1]. A map that is flat points nowhere:
-it is a miss, never a hit by a tie. Where a mask is empty or full there is nothing to score: nan, and ``score`` counts it.
+it is a miss, never a hit by a tie. Where a mask is empty or full there is nothing to score: nan, and ``score`` counts
+it.
 """
 
 from __future__ import annotations
