@@ -125,17 +125,13 @@ def _table(path: Path, arrays: dict[str, np.ndarray], seed: int) -> FeatureTable
         return FeatureTable(features, labels, test_features, test_labels, words, rows, test_rows)
     held = _held_out(path, labels, words, seed)
     rows, test_rows = np.flatnonzero(~held), np.flatnonzero(held)
-    return FeatureTable(
-        features[rows], labels[rows], features[test_rows], labels[test_rows], words, rows, test_rows
-    )
+    return FeatureTable(features[rows], labels[rows], features[test_rows], labels[test_rows], words, rows, test_rows)
 
 
 def _checked(path: Path, arrays: dict[str, np.ndarray], prefix: str) -> tuple[np.ndarray, np.ndarray]:
     features, names = arrays[f"{prefix}features"], arrays[f"{prefix}labels"]
     if features.ndim != 2 or features.shape[1] == 0 or not np.issubdtype(features.dtype, np.number):
-        raise FileFormatError(
-            f"{path}: {prefix}features must be numbers (N, D), got {features.dtype} {features.shape}"
-        )
+        raise FileFormatError(f"{path}: {prefix}features must be numbers (N, D), got {features.dtype} {features.shape}")
     if np.iscomplexobj(features):
         raise FileFormatError(f"{path}: {prefix}features are complex numbers; give real ones")
     if names.shape != (len(features),) or len(names) == 0:

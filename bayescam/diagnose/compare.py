@@ -256,16 +256,12 @@ def _cams(maps: Tensor, gaussian: Laplace, draws: Draws) -> dict[str, float]:
     }
 
 
-def _importance(
-    gaussians: Mapping[str, Laplace], training: tuple[Any, Any], seed: int
-) -> dict[str, dict[str, Any]]:
+def _importance(gaussians: Mapping[str, Laplace], training: tuple[Any, Any], seed: int) -> dict[str, dict[str, Any]]:
     out = {}
     for name, gaussian in gaussians.items():
         if gaussian.structure == "diag":
             continue
-        images = check_images(
-            *training, num_classes=gaussian.num_classes, class_weights=gaussian.class_weights
-        )
+        images = check_images(*training, num_classes=gaussian.num_classes, class_weights=gaussian.class_weights)
         out[name] = asdict(importance(gaussian, images, seed=seed))
     return out
 

@@ -130,8 +130,8 @@ def sample_nuts(
 
     The target is the density of ``last_layer`` and ``fit_laplace``. With theta = Q eta + a common shift,
     eta = m + L^-T z is walked under an identity metric, and the shift, which softmax cannot see, is drawn from its
-    prior exactly. Each chain starts 1.5 times as wide as ``laplace``, has a stream of its own from ``seed``, and runs on
-    one thread, so the draws are the same on any number of cores and with any ``num_workers``.
+    prior exactly. Each chain starts 1.5 times as wide as ``laplace``, has a stream of its own from ``seed``, and runs
+    on one thread, so the draws are the same on any number of cores and with any ``num_workers``.
 
     Args:
         laplace: supplies m, L, tau and the class weights; a refined one whitens best.

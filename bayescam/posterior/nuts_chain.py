@@ -149,14 +149,10 @@ def sample_chain(
     return Chain(index, theta, tau, stats, warmup_steps, time.perf_counter() - started, finished)
 
 
-def _start(
-    potential: Potential, settings: ChainSettings
-) -> tuple[LastLayerNuts | LastLayerHmc, dict[str, Tensor]]:
+def _start(potential: Potential, settings: ChainSettings) -> tuple[LastLayerNuts | LastLayerHmc, dict[str, Tensor]]:
     kernel: LastLayerNuts | LastLayerHmc
     if settings.kernel == "nuts":
-        kernel = LastLayerNuts(
-            potential, target_accept=settings.target_accept, max_tree_depth=settings.max_tree_depth
-        )
+        kernel = LastLayerNuts(potential, target_accept=settings.target_accept, max_tree_depth=settings.max_tree_depth)
     else:
         kernel = LastLayerHmc(potential, target_accept=settings.target_accept)
     z = OVERDISPERSION * torch.randn(potential.dimension, dtype=torch.float64)
@@ -186,8 +182,7 @@ def _statistics(transitions: list[Transition], lp: Tensor) -> dict[str, np.ndarr
     columns = list(zip(*transitions, strict=True)) if transitions else [()] * len(Transition._fields)
     types = (np.float64, np.float64, np.int64, np.int64, np.float64, np.float64, np.bool_)
     stats: dict[str, np.ndarray] = {
-        name: np.asarray(column, dtype=dtype)
-        for name, column, dtype in zip(STATISTICS, columns, types, strict=True)
+        name: np.asarray(column, dtype=dtype) for name, column, dtype in zip(STATISTICS, columns, types, strict=True)
     }
     return stats | {"lp": lp.cpu().numpy()}
 

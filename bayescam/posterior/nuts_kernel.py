@@ -113,9 +113,7 @@ class _Walk:
     def _finish(self, point: Point, tree: tuple[int, int, float, bool], accepted: bool) -> dict[str, Tensor]:
         n_steps, depth, accept, diverging = tree
         step_size = float(self.step_size)  # type: ignore[attr-defined]
-        self.transition = Transition(
-            point.potential, point.energy, n_steps, depth, accept, step_size, diverging
-        )
+        self.transition = Transition(point.potential, point.energy, n_steps, depth, accept, step_size, diverging)
         z, gradient = {"z": point.z}, {"z": point.gradient}
         if accepted:
             self._cache(z, point.z.new_tensor(point.potential), gradient)  # type: ignore[attr-defined]
@@ -144,9 +142,7 @@ class LastLayerNuts(_Walk, NUTS):
         max_tree_depth: doublings at most.
     """
 
-    def __init__(
-        self, potential: Potential, *, target_accept: float = 0.8, max_tree_depth: int = 10
-    ) -> None:
+    def __init__(self, potential: Potential, *, target_accept: float = 0.8, max_tree_depth: int = 10) -> None:
         super().__init__(
             potential_fn=potential,
             adapt_mass_matrix=False,

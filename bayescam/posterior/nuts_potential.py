@@ -121,9 +121,7 @@ class WhitenedPotential:
         prior_precision: tau.
     """
 
-    def __init__(
-        self, likelihood: SoftmaxLikelihood, *, mean: Tensor, basis: Tensor, prior_precision: float
-    ) -> None:
+    def __init__(self, likelihood: SoftmaxLikelihood, *, mean: Tensor, basis: Tensor, prior_precision: float) -> None:
         self.likelihood = likelihood
         self.prior_precision = prior_precision
         self.dimension = basis.shape[1]

@@ -53,17 +53,13 @@ class Problem:
         mean = torch.cat([laplace.weight_mean, laplace.bias_mean.unsqueeze(1)], 1).double()
         basis = whitening_basis(laplace.covariance)
         tau = float(laplace.prior_precision)
-        return cls(
-            images, (mean - mean.mean(0)).to(images.device), basis.to(images.device), tau, tau_prior
-        )
+        return cls(images, (mean - mean.mean(0)).to(images.device), basis.to(images.device), tau, tau_prior)
 
     def potential(self) -> Potential:
         """The potential energy over z, or over (z, log tau) if tau is sampled."""
         likelihood = SoftmaxLikelihood(self.images)
         if self.tau_prior is None:
-            return WhitenedPotential(
-                likelihood, mean=self.mean, basis=self.basis, prior_precision=self.prior_precision
-            )
+            return WhitenedPotential(likelihood, mean=self.mean, basis=self.basis, prior_precision=self.prior_precision)
         return HierarchicalPotential(
             likelihood, mean=self.mean, basis=self.basis, prior_precision=self.prior_precision, tau_prior=self.tau_prior
         )

@@ -232,3 +232,17 @@ def test_wrong_shapes_are_named():
     two = fit_laplace(data()[0][:, :2], data()[1], num_classes=K, prior_precision=1.0)
     with pytest.raises(ValueError, match="compare posteriors of one model"):
         compare_posteriors(two, nuts, data()[0][:, :2])
+
+
+def test_cams_are_compared_in_units_of_their_sd():
+    laplace = fitted()
+    torch.manual_seed(1)
+    maps = torch.randn(6, D, 3, 2, dtype=torch.float64)
+    same = compare_posteriors(laplace, as_nuts(laplace), *evaluation(), maps=maps).cams["laplace"]
+    # 1,600 independent draws: standard error 1/40 of an sd for a mean, 1/57 for an sd; halves have twice that and more.
+    assert same["mean_difference_rms"] < 3 / 40
+    assert same["mean_difference_rms_half"] < 2 * 3 / 40
+    assert abs(same["sd_ratio_median"] - 1) < 3 / 57
+    assert same["sd_ratio_rms"] < 3 / 57
+    off = compare_posteriors(moved(laplace, 1.0), as_nuts(laplace), *evaluation(), maps=maps).cams["laplace"]
+    assert off["mean_difference_rms"] > 5 * same["mean_difference_rms"]

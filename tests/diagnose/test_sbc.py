@@ -19,9 +19,7 @@ def features():
 
 def nuts(phi, labels, seed):
     laplace = fit_laplace(phi, labels, num_classes=K, prior_precision=TAU)
-    run = sample_nuts(
-        laplace, phi, labels, num_chains=1, num_samples=120, num_warmup=80, seed=seed, progress=False
-    )
+    run = sample_nuts(laplace, phi, labels, num_chains=1, num_samples=120, num_warmup=80, seed=seed, progress=False)
     return Draws(run.draws.weight[:, ::2], run.draws.bias[:, ::2])
 
 

@@ -56,9 +56,7 @@ def test_draws_equal_pyros_own_kernel(ours, pyros, options):
 def test_kernel_runs_under_pyros_mcmc():
     potential = small_potential()
     kernel = LastLayerNuts(potential)
-    mcmc = MCMC(
-        kernel, 20, 20, initial_params={"z": torch.zeros(potential.dimension).double()}, disable_progbar=True
-    )
+    mcmc = MCMC(kernel, 20, 20, initial_params={"z": torch.zeros(potential.dimension).double()}, disable_progbar=True)
     mcmc.run()
     assert mcmc.get_samples()["z"].shape == (20, potential.dimension)
 

@@ -33,9 +33,7 @@ def potentials(structure="full", class_weights=None, dtype=torch.float64, chunke
         likelihood._chunks = [likelihood._prepare(s, phi) for s, phi in images.chunks(rows=17)]
     basis = whitening_basis(laplace.covariance)
     flat = WhitenedPotential(likelihood, mean=mean, basis=basis, prior_precision=0.7)
-    deep = HierarchicalPotential(
-        likelihood, mean=mean, basis=basis, prior_precision=0.7, tau_prior=(1.5, 0.4)
-    )
+    deep = HierarchicalPotential(likelihood, mean=mean, basis=basis, prior_precision=0.7, tau_prior=(1.5, 0.4))
     return laplace, images, flat, deep
 
 
