@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 import os
 import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -288,7 +290,7 @@ def _check_ranges(config: Config) -> None:
             raise UsageError(f"{name} must be {words}, got {value!r}")
 
     for name, low in _AT_LEAST.items():
-        require(name, lambda value, low=low: value >= low, f"at least {low:g}")
+        require(name, partial(operator.le, low), f"at least {low:g}")
     require("seed", lambda value: value < 2**31, "below 2147483648")
     require("train.learning_rate", lambda value: 0 < value < math.inf, "positive and finite")
     for name in ("data.valid", "data.test"):

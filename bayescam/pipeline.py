@@ -234,7 +234,7 @@ def hashed_patient(dataset: RadiographDataset, patient: str | None) -> str:
 
 
 def _split_rows(dataset: RadiographDataset, split: np.ndarray) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for record, part in zip(dataset.records, split, strict=True):
         path = "" if record.path is None else _relative(record.path, dataset.root)
         rows.append(
@@ -302,28 +302,22 @@ def _laplace(state: _Run) -> None:
     with folder.stage("laplace", [*GAUSSIANS.values(), "posterior/fit_seconds.json"]):
         seconds: dict[str, float] = {}
 
-        def timed(name: str, fit: Callable[[], Laplace]) -> Laplace:
+        def timed(name: str, fit: Callable[..., Laplace], **options: Any) -> Laplace:
             begun = time.perf_counter()
-            fitted = fit()
+            fitted = fit(phi, labels, **options)
             seconds[name] = round(time.perf_counter() - begun, 3)
             fitted.save(folder / GAUSSIANS[name])
             return fitted
 
         with tqdm(total=4, desc="laplace", unit="fit", disable=None) as bar:
-            full = timed(
-                "laplace_full",
-                lambda: fit_laplace(phi, labels, num_classes=k, prior_precision=settings.prior_precision),
-            )
+            tau = settings.prior_precision
+            full = timed("laplace_full", fit_laplace, num_classes=k, prior_precision=tau)
+            tau = full.prior_precision
             bar.update()
             for structure in ("kron", "diag"):
-                timed(
-                    f"laplace_{structure}",
-                    lambda structure=structure: fit_laplace(
-                        phi, labels, num_classes=k, prior_precision=full.prior_precision, structure=structure
-                    ),
-                )
+                timed(f"laplace_{structure}", fit_laplace, num_classes=k, prior_precision=tau, structure=structure)
                 bar.update()
-            timed("laplace_refined", lambda: full.refine(phi, labels))
+            timed("laplace_refined", full.refine)
             bar.update()
         write_text(folder / "posterior/fit_seconds.json", json.dumps(seconds, indent=1))
 

@@ -168,7 +168,8 @@ def _is_neutral(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 
 def _copy(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    copied, mapping = fx.Graph(), {}
+    copied = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
     output = copied.graph_copy(graph, mapping)
     copied.output(output)
     return copied, mapping

@@ -80,7 +80,7 @@ def train_backbone(
         FileFormatError: the checkpoint is of another run.
     """
     targets = torch.as_tensor(labels, dtype=torch.long)
-    backbone.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    backbone.net.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         backbone.net.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )

@@ -8,6 +8,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from bayescam.diagnose.calibration import bootstrap_intervals
@@ -78,7 +79,7 @@ def metric_rows(files: RunFiles) -> list[dict[str, Any]]:
     """The metrics of every method with 90 % bootstrap intervals over patients."""
     patients = files.predictions["patient"].values.astype(str)
     ids = files.predictions["obs_id"].values.astype(str)
-    groups = [patient or name for patient, name in zip(patients, ids, strict=True)]
+    groups = np.array([patient or name for patient, name in zip(patients, ids, strict=True)])
     rows = []
     for method, values in files.metrics["methods"].items():
         intervals = bootstrap_intervals(files.probs(method), files.labels, groups)

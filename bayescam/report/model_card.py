@@ -24,8 +24,8 @@ def write_model_card(run_folder: Path) -> Path:
         "Not a medical device, not for clinical use.",
         "",
         f"**Data.** {data['num_images']} images, {len(files.classes)} classes"
-        f" ({', '.join(map(_plain, files.classes))}); train {metrics['num_train']}, valid {metrics['num_valid']}, test {metrics['num_test']}, split by patient."
-        f" Licence: {_plain(data['licence'])}.",
+        f" ({', '.join(map(_plain, files.classes))}), split by patient: train {metrics['num_train']},"
+        f" valid {metrics['num_valid']}, test {metrics['num_test']}. Licence: {_plain(data['licence'])}.",
         "",
         "**Model.** A convolutional network, trained and frozen; its last linear layer has a Gaussian prior of"
         f" precision {metrics['prior_precision']:.4g} and the posteriors below.",
@@ -43,8 +43,8 @@ def write_model_card(run_folder: Path) -> Path:
     lines += [
         "",
         "**Limits.** Only the last layer is uncertain: the network below it is one set of weights. Trained on the"
-        " images named above and no others; other machines, projections and patients may differ. Class activation maps show"
-        " what the network used, not what is the cause.",
+        " images named above and no others; other machines, projections and patients may differ. Class activation maps"
+        " show what the network used, not what is the cause.",
         "",
     ]
     path = Path(run_folder) / "MODEL_CARD.md"
