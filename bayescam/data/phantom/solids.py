@@ -135,25 +135,28 @@ class Rays:
             np.where(regular, value, rest) for value, rest in ((a, 1), (self.v1, 0), (self.v3, 0), (self.slope, 0))
         )
         u, w, depth = _planes(self.plane, x, y)
-        peak = _column(self.radius**2) - u * u - w * w
+        seen_along = [(row, *self._end_on(row, u[row], w[row])) for row in np.flatnonzero(end_on).tolist()]
         middle = u * _column(v1 / a) + _column(self.radius * k / a)
-        a_, last, v3_ = _column(a), _column(regular), _column(v3)
-        peak += a_ * (middle * middle)
-        root = np.sqrt(np.maximum(peak, 0))
+        peak = middle * middle
+        peak *= _column(a)
+        peak += _column(self.radius**2) - np.square(u, out=u) - np.square(w, out=w)
+        hit = peak > 0
+        root = np.sqrt(np.maximum(peak, 0, out=peak))
         half = root * _column(1 / np.sqrt(a))
-        hit = (peak > 0) & (middle + half >= 0) & (middle - half <= last)
-        step = root * _column(v3 / np.sqrt(a * (a + v3**2)))
-        ends = []
-        for sign in (-1.0, 1.0):
-            t = np.clip(middle - step if sign < 0 else middle + step, 0, last)
-            inside = np.maximum(peak - a_ * (t - middle) ** 2, 0)
-            ends.append(v3_ * t - np.sqrt(inside) if sign < 0 else v3_ * t + np.sqrt(inside))
-        low, high = ends
-        for row in np.flatnonzero(end_on).tolist():
-            low[row], high[row], hit[row] = self._end_on(row, u[row], w[row])
-        scale = _column(1 / self.stretch)
-        low, high = (low - depth) * scale, (high - depth) * scale
-        return np.where(hit, low, NOWHERE), np.where(hit, np.maximum(high, low), NOWHERE)
+        hit &= (middle >= -half) & (middle - half <= _column(regular))
+        step = np.multiply(root, _column(v3 / np.sqrt(a * (a + v3**2))), out=root)
+        low = _surface(middle - step, -1.0, middle, peak, _column(a), _column(v3), _column(regular))
+        high = _surface(middle + step, 1.0, middle, peak, _column(a), _column(v3), _column(regular))
+        for row, near, far, inside in seen_along:
+            low[row], high[row], hit[row] = near, far, inside
+        for surface in (low, high):
+            surface -= depth
+            surface *= _column(1 / self.stretch)
+        np.maximum(low, high, out=high)
+        miss = ~hit
+        np.copyto(low, NOWHERE, where=miss)
+        np.copyto(high, NOWHERE, where=miss)
+        return low, high
 
     def _end_on(self, row: int, u: Array, w: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
         """Entry, exit and hit (H, W) of one solid seen along its axis, one disc inside the other.
@@ -181,6 +184,16 @@ class Rays:
 
 def _column(values: NDArray[np.generic]) -> Array:
     return np.asarray(values, np.float32)[:, None, None]
+
+
+def _surface(t: Array, sign: float, middle: Array, peak: Array, a: Array, v3: Array, last: Array) -> Array:
+    """v3 t + sign sqrt(Q - a (t - m)^2) with t clipped to [0, last]; overwrites ``t``."""
+    np.minimum(np.maximum(t, 0, out=t), last, out=t)
+    inside = np.square(t - middle)
+    inside *= a
+    np.sqrt(np.maximum(np.subtract(peak, inside, out=inside), 0, out=inside), out=inside)
+    t *= v3
+    return np.add(t, inside, out=t) if sign > 0 else np.subtract(t, inside, out=t)
 
 
 def _planes(plane: Array, x: Array, y: Array) -> Array:
