@@ -137,8 +137,9 @@ def cholesky(hessian: Tensor, prior_precision: float) -> Tensor:
     if int(failed_at):
         largest = float(hessian.diagonal().max())
         raise NotPositiveDefiniteError(
-            f"the Hessian is not positive definite in float64: pivot {int(failed_at)} of {len(hessian)} is not positive, the largest diagonal entry is {largest:.3g} against prior_precision "
-            f"{prior_precision:.3g}; pass float64 features, standardise them, or raise prior_precision"
+            f"the Hessian is not positive definite in float64: pivot {int(failed_at)} of {len(hessian)} is not "
+            f"positive, the largest diagonal entry is {largest:.3g} against prior_precision {prior_precision:.3g}; "
+            "pass float64 features, standardise them, or raise prior_precision"
         )
     return factor
 

@@ -51,6 +51,7 @@ class AutoLastLayerLaplace(AutoLaplaceApproximation):
             trace = poutine.trace(poutine.replay(self.model, trace=latent)).get_trace(*args, **kwargs)
         site = trace.nodes.get("y", {})
         features = site.get("infer", {}).get("features")
+        assert self.prototype_trace is not None
         names = [name for name, _ in self.prototype_trace.iter_stochastic_nodes()]
         if features is None or not site["is_observed"] or set(names) != {"weight", "bias"}:
             guide = super().laplace_approximation(*args, **kwargs)

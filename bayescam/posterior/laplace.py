@@ -131,7 +131,7 @@ class Laplace:
         return mean - mean.mean(-1, keepdim=True), covariance
 
     def map_logits(self, features: Tensor | np.ndarray) -> Tensor:
-        """Logits weight phi + bias at the posterior mean (the MAP, unless refined): features (N, D) -> (N, K), float64."""
+        """Logits at the posterior mean (the MAP, unless refined): features (N, D) -> (N, K), float64."""
         return (augment(self._features(features)) @ self.theta_mean.T).double()
 
     def predict_proba(

@@ -27,6 +27,7 @@ _LBFGS_TOLERANCE = 0.03
 _NEWTON_STEPS = 30
 _CG_STEPS = 200
 _CG_SHARE = 1e-4
+_CG_TOLERANCE = 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ class MapEstimate:
 
 
 def whitening(images: TrainingImages) -> KronCovariance:
-    """The Kronecker curvature at theta = 0, where Lambda_n = (I - 11^T/K) / K, with tau = 1: the solver's coordinates."""
+    """The Kronecker curvature at theta = 0, Lambda_n = (I - 11^T/K) / K, with tau = 1: the solver's coordinates."""
     gram, k = feature_gram(images), images.num_classes
     return kron_covariance(gram, centring(k, like=gram) / k, 1.0, 1.0)
 
@@ -80,11 +81,11 @@ def descend(
 
 
 def newton_direction(
-    theta: Tensor, gradient: Tensor, images: TrainingImages, whitener: KronCovariance, prior_precision: float
+    theta: Tensor, gradient: Tensor, images: TrainingImages, whitener: KronCovariance, tolerance: float
 ) -> tuple[Tensor, float]:
     """H^-1 g by conjugate gradients, preconditioned by the Kronecker curvature, and sqrt(g^T H^-1 g).
 
-    Solved until the squared decrement's last increment is below 1e-4 of it.
+    Solved until the squared decrement's last increment is below 1e-4 of it, or below (tolerance / 5)^2.
     """
     step, residual = torch.zeros_like(gradient), gradient.clone()
     solved = whitener.solve(residual)
@@ -92,14 +93,14 @@ def newton_direction(
     for _ in range(_CG_STEPS):
         if rho <= 0.0:
             break
-        product = hessian_product(theta, direction, images, prior_precision)
+        product = hessian_product(theta, direction, images, whitener.prior_precision)
         length = rho / float((direction * product).sum())
         step += length * direction
         residual -= length * product
         squared += length * rho
         solved = whitener.solve(residual)
         rho, previous = float((residual * solved).sum()), rho
-        if length * rho < _CG_SHARE * squared:
+        if length * rho < max(_CG_SHARE * squared, (_CG_TOLERANCE * tolerance) ** 2):
             break
         direction = solved + (rho / previous) * direction
     return step, math.sqrt(squared)
@@ -134,13 +135,13 @@ def find_map(
         value, gradient = negative_log_joint(theta, images, prior_precision)
         curvature = class_curvature(images, probabilities_at(theta, images))
         local = whitener.with_classes(curvature, images.weight())
-        step, decrement = newton_direction(theta, gradient, images, local, prior_precision)
+        step, decrement = newton_direction(theta, gradient, images, local, tolerance)
         if decrement < tolerance:
             return MapEstimate(theta, float(value), gradient, decrement)
         theta = theta - _step_length(theta, step, float(value), images, prior_precision) * step
     raise ConvergenceError(
-        f"the MAP is still {decrement:.3g} posterior sds away after {_NEWTON_STEPS} Newton steps (want {tolerance:.3g}); "
-        "pass float64 features, standardise them, or raise prior_precision"
+        f"the MAP is still {decrement:.3g} posterior sds away after {_NEWTON_STEPS} Newton steps, above "
+        f"{tolerance:.3g}; pass float64 features, standardise them, or raise prior_precision"
     )
 
 

@@ -8,6 +8,7 @@ MAP, Hessian, evidence, refinement and NUTS all target it: ``last_layer`` states
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -54,7 +55,7 @@ def last_layer(
     logits = logits[0] if logits.shape[0] == 1 else logits
     scale = 1.0 if class_weights is None or labels is None else class_weights[labels]
     with pyro.plate("images", n), pyro.poutine.scale(scale=scale):
-        told = {"features": features, "class_weights": class_weights}
+        told: Any = {"features": features, "class_weights": class_weights}
         return pyro.sample("y", dist.Categorical(logits=logits), obs=labels, infer=told)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -61,7 +62,8 @@ def test_sample_has_the_marginal_sds_and_the_seed_decides(structure):
 
 
 def test_full_posterior_is_laplace_torch_s():
-    laplace = pytest.importorskip("laplace", reason="laplace-torch is an extra: pip install bayescam[bench]")
+    with warnings.catch_warnings(action="ignore"):
+        laplace = pytest.importorskip("laplace", reason="laplace-torch is an extra: pip install bayescam[bench]")
     phi, labels = problem()
     fit = bc.fit_laplace(phi, labels, prior_precision=0.8)
     head = torch.nn.Linear(D, K, dtype=torch.float64)
@@ -72,7 +74,8 @@ def test_full_posterior_is_laplace_torch_s():
     theirs = laplace.Laplace(
         model, "classification", subset_of_weights="last_layer", hessian_structure="full", prior_precision=0.8
     )
-    theirs.fit(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(phi, labels), batch_size=50))
+    with warnings.catch_warnings(action="ignore"):
+        theirs.fit(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(phi, labels), batch_size=50))
     variance = theirs.posterior_covariance.diagonal()
     ours = torch.cat([fit.weight_sd.flatten(), fit.bias_sd]).square()
     torch.testing.assert_close(ours, variance, rtol=1e-6, atol=0)

@@ -84,7 +84,7 @@ def test_gradient_in_the_mean_is_autodiff_s(structure):
 
 
 def test_gradient_in_the_covariance_is_price_s_theorem():
-    """dELBO/dSigma = (Sigma^-1 - E_q[H]) / 2, along a direction, against the ELBO of a scaled covariance (K = 2, exact rule)."""
+    """dELBO/dSigma = (Sigma^-1 - E_q[H]) / 2, against the ELBO of a scaled covariance (K = 2)."""
     phi, labels, fit = fitted(num_classes=2)
     images, rule, covariance = check_images(phi, labels), normal_rule(1, 2), fit.covariance
 

@@ -1,0 +1,169 @@
+"""How fast is `fit_laplace` beside one matrix product, Pyro and laplace-torch? Prints ratios of one run.
+
+
+    python scripts/bench_laplace.py --width 128 512 --peers laplace-torch pyro
+
+Needs `pip install bayescam[bench]` for the peers; at width 512 each of them takes minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+import pyro
+import torch
+from pyro.infer.autoguide import AutoLaplaceApproximation
+from torch import Tensor
+
+import bayescam as bc
+from bayescam.posterior.images import check_images
+from bayescam.posterior.map import find_map, whitening
+
+
+def simulate(num_images: int, width: int, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Features like a pooled ReLU layer's: correlated, non-negative; labels from a confident last layer."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_images, 32, generator=generator) @ torch.randn(32, width, generator=generator) / 6
+    phi = torch.relu(hidden + 0.3 * torch.randn(num_images, width, generator=generator))
+    weight = torch.randn(num_classes, width, generator=generator)
+    logits = (phi - phi.mean(0)) @ weight.T
+    return phi, (8 * logits / logits.std()).softmax(1).multinomial(1, generator=generator)[:, 0]
+
+
+def seconds(function: Callable[[], object], repeats: int = 1) -> float:
+    """The shortest of ``repeats`` runs."""
+    best = math.inf
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - begun)
+    return best
+
+
+def dense_products(phi: Tensor, num_classes: int) -> None:
+    """What the K(K-1)/2 unique blocks cost as plain matrix products: the floor without symmetry."""
+    for _ in range(num_classes * (num_classes - 1) // 2):
+        torch.mm(phi.T, phi)
+
+
+def laplace_torch(phi: Tensor, labels: Tensor, fit: bc.Laplace, structure: str) -> None:
+    with warnings.catch_warnings(action="ignore"):
+        from laplace import Laplace
+
+        model = torch.nn.Sequential(torch.nn.Identity(), linear(fit))
+        peer = Laplace(model, "classification", subset_of_weights="last_layer", hessian_structure=structure)
+        peer.fit(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(phi, labels), batch_size=1024))
+
+
+def linear(fit: bc.Laplace) -> torch.nn.Linear:
+    layer = torch.nn.Linear(fit.num_features, fit.num_classes)
+    with torch.no_grad():
+        layer.weight.copy_(fit.weight_mean)
+        layer.bias.copy_(fit.bias_mean)
+    return layer
+
+
+def pyro_laplace(phi: Tensor, labels: Tensor, fit: bc.Laplace) -> str:
+    """Pyro's own Hessian at our MAP; returns how it ended."""
+    pyro.clear_param_store()
+    guide = AutoLaplaceApproximation(
+        functools.partial(bc.last_layer, num_classes=fit.num_classes, prior_precision=fit.prior_precision)
+    )
+    guide(phi, labels)
+    with torch.no_grad():
+        guide.loc.copy_(torch.cat([fit.weight_mean.flatten(), fit.bias_mean]))
+    try:
+        guide.laplace_approximation(phi, labels)
+    except torch.linalg.LinAlgError:
+        return "then LinAlgError"
+    return ""
+
+
+def compare(num_images: int, width: int, num_classes: int, peers: list[str], repeats: int) -> None:
+    phi, labels = simulate(num_images, width, num_classes)
+    floor = seconds(lambda: dense_products(phi, num_classes), repeats)
+    images = check_images(phi, labels)
+    coordinates = whitening(images)
+    mode = seconds(lambda: find_map(images, 1.0, coordinates), repeats)
+    whole = seconds(lambda: bc.fit_laplace(phi, labels, prior_precision=1.0), repeats)
+    fit = bc.fit_laplace(phi, labels, prior_precision=1.0)
+    print(f"\nN = {num_images:,}, D = {width}, K = {num_classes}, float32, {torch.get_num_threads()} threads")
+    print("\n| what | s | over the products | over ours |\n|---|---|---|---|")
+    rows = [("dense products of the unique blocks", floor, ""), ("ours: MAP alone", mode, "")]
+    rows.append(("ours: fit_laplace(prior_precision=1.0), full", whole, f"decrement {fit.newton_decrement:.1e}"))
+    for structure in ("kron", "diag"):
+        took = seconds(
+            functools.partial(bc.fit_laplace, phi, labels, prior_precision=1.0, structure=structure), repeats
+        )
+        rows.append((f"ours: {structure}", took, ""))
+    for row in rows:
+        show(*row, floor=floor, whole=whole)
+    for structure in ("full", "kron", "diag") if "laplace-torch" in peers else ():
+        took = seconds(functools.partial(laplace_torch, phi, labels, fit, structure))
+        show(f"laplace-torch, {structure} (Hessian alone)", took, "", floor=floor, whole=whole)
+    if "pyro" in peers:
+        ended: list[str] = []
+        took = seconds(lambda: ended.append(pyro_laplace(phi, labels, fit)))
+        show("Pyro laplace_approximation (Hessian alone)", took, ended[0], floor=floor, whole=whole)
+
+
+def show(name: str, took: float, remark: str, *, floor: float, whole: float) -> None:
+    print(f"| {name} {remark} | {took:.3f} | {took / floor:.2f} | {took / whole:.2f} |", flush=True)
+
+
+def exponents(repeats: int) -> None:
+    """Least-squares slopes of log time against log N, log D and log K, one varied at a time."""
+    print("\n| varied | values | s | exponent |\n|---|---|---|---|")
+    for name, values in {"N": (5000, 10_000, 20_000), "D": (128, 256, 512), "K": (4, 8, 16)}.items():
+        took = []
+        for value in values:
+            size = {"N": 10_000, "D": 128, "K": 5} | {name: value}
+            phi, labels = simulate(size["N"], size["D"], size["K"])
+            fit = functools.partial(bc.fit_laplace, phi, labels, num_classes=size["K"], prior_precision=1.0)
+            took.append(seconds(fit, repeats))
+        x, y = torch.tensor(values).double().log(), torch.tensor(took).double().log()
+        slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+        print(f"| {name} | {values} | {', '.join(f'{t:.2f}' for t in took)} | {slope:.2f} |", flush=True)
+
+
+def many_classes(num_images: int, width: int, num_classes: int) -> None:
+    phi, labels = simulate(num_images, width, num_classes)
+    labels[:num_classes] = torch.arange(num_classes)
+    for structure in ("kron", "diag"):
+        took = seconds(lambda s=structure: bc.fit_laplace(phi, labels, prior_precision=1.0, structure=s))
+        print(f"K = {num_classes}, D = {width}, N = {num_images:,}, {structure}: {took:.1f} s, {peak()}", flush=True)
+
+
+def peak() -> str:
+    scale = 1 if sys.platform == "darwin" else 1024
+    return f"peak memory so far {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20:,.0f} MiB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=36_808)
+    parser.add_argument("--classes", type=int, default=7)
+    parser.add_argument("--width", type=int, nargs="*", default=[128, 512])
+    parser.add_argument("--peers", nargs="*", choices=["laplace-torch", "pyro"], default=["laplace-torch", "pyro"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--exponents", action="store_true", help="fit time against N, D and K")
+    parser.add_argument("--many", action="store_true", help="1,000 classes at width 2,048, kron and diag")
+    parsed = parser.parse_args()
+    for width in parsed.width:
+        compare(parsed.images, width, parsed.classes, parsed.peers, parsed.repeats)
+    if parsed.exponents:
+        exponents(parsed.repeats)
+    if parsed.many:
+        many_classes(4000, 2048, 1000)
+    print(peak())
+
+
+if __name__ == "__main__":
+    main()
