@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -12,12 +13,16 @@ from typing import Any
 
 from bayescam import __version__
 from bayescam.errors import BayescamError, UsageError
+from bayescam.storage import printable
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     parsed = parser.parse_args(arguments)
     if parsed.command is None:
@@ -41,8 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _say_and(status: int, parsed: argparse.Namespace, message: str) -> int:
     if parsed.debug:
         traceback.print_exc()
-    line = " ".join(message.split())
-    print(f"bayescam: {line}".encode("utf-8", "backslashreplace").decode("utf-8"), file=sys.stderr)
+    print(f"bayescam: {printable(' '.join(message.split()), 2000)}", file=sys.stderr)
     return status
 
 

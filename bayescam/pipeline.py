@@ -214,11 +214,11 @@ def _drop_unreadable_again(state: _Run) -> None:
 
 
 def _fingerprint(dataset: RadiographDataset) -> dict[str, Any]:
-    """What a resumed run must find as it was: classes, and every image's name, label, patient and size in bytes."""
+    """What a resumed run must find as it was: classes, and every image's name, label, patient and content."""
     digest = hashlib.sha256()
     for record in dataset.records:
-        size = record.path.stat().st_size if record.path is not None else 0
-        digest.update(f"{record.obs_id}\0{record.label}\0{record.patient}\0{size}\n".encode(errors="surrogateescape"))
+        key = dataset.source.key(record)
+        digest.update(f"{record.obs_id}\0{record.label}\0{record.patient}\0{key}\n".encode(errors="surrogateescape"))
     return {
         "classes": [printable(name) for name in dataset.classes],
         "num_images": len(dataset),
