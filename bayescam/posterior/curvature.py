@@ -191,11 +191,11 @@ def hessian_product(theta: Tensor, vector: Tensor, images: TrainingImages, prior
     product = prior_precision * vector
     sums = torch.zeros_like(vector)
     for span, phi in images.chunks():
-        logits, along = torch.addmm(both[:, -1], phi, both[:, :-1].T).split(k, dim=1)
-        proba = logits.softmax(-1)
-        change = proba * (along - (proba * along).sum(-1, keepdim=True))
+        logits, along = torch.addmm(both[:, -1:], both[:, :-1], phi.T).split(k)
+        proba = logits.softmax(0)
+        change = proba * (along - (proba * along).sum(0))
         if images.image_weights is not None:
-            change *= images.image_weights[span, None].to(change)
-        sums[:, :-1] += (change.T @ phi).double()
-        sums[:, -1] += change.sum(0, dtype=torch.float64)
+            change *= images.image_weights[span].to(change)
+        sums[:, :-1] += (change @ phi).double()
+        sums[:, -1] += change.sum(1, dtype=torch.float64)
     return product + images.total(sums)
