@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import warnings
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from bayescam.data.image import ImageError, check_size
+from bayescam.data.image import QUIET, ImageError, check_size
 
 if TYPE_CHECKING:
     from pydicom import Dataset
+
+_DEFLATED = b"1.2.840.10008.1.2.1.99"  # its whole content would be inflated unseen
 
 
 def read_dicom(stream: BinaryIO, path: str | os.PathLike[str], max_pixels: int) -> np.ndarray:
@@ -24,17 +25,18 @@ def read_dicom(stream: BinaryIO, path: str | os.PathLike[str], max_pixels: int) 
         import pydicom
     except ImportError as error:
         raise ImageError(path, "is DICOM; install the extra: pip install 'bayescam[dicom]'") from error
+    if _DEFLATED in stream.read(4096):
+        raise ImageError(path, "DICOM in a deflated transfer syntax; save it in another one")
+    stream.seek(0)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with QUIET:
             dataset = pydicom.dcmread(stream)
             _check(dataset, path, max_pixels)
-            values = dataset.pixel_array.astype(np.float64)
+            return _windowed(dataset, dataset.pixel_array.astype(np.float32), path)
     except ImageError:
         raise
     except Exception as error:
         raise ImageError(path, f"DICOM that cannot be decoded ({' '.join(str(error).split())[:200]})") from error
-    return _windowed(dataset, values)
 
 
 def _check(dataset: Dataset, path: str | os.PathLike[str], max_pixels: int) -> None:
@@ -50,7 +52,7 @@ def _check(dataset: Dataset, path: str | os.PathLike[str], max_pixels: int) -> N
     check_size(path, int(dataset.Columns), int(dataset.Rows), max_pixels)
 
 
-def _windowed(dataset: Dataset, values: np.ndarray) -> np.ndarray:
+def _windowed(dataset: Dataset, values: np.ndarray, path: str | os.PathLike[str]) -> np.ndarray:
     slope, intercept = float(dataset.get("RescaleSlope", 1) or 1), float(dataset.get("RescaleIntercept", 0) or 0)
     bits, signed = int(dataset.get("BitsStored", 16)), int(dataset.get("PixelRepresentation", 0)) == 1
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
@@ -60,6 +62,8 @@ def _windowed(dataset: Dataset, values: np.ndarray) -> np.ndarray:
     if centre is not None and width is not None and width > 1:
         # DICOM PS3.3 C.11.2.1.2: the linear function of window centre and width.
         low, high = centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2
+    if not (np.isfinite([low, high]).all() and high > low):
+        raise ImageError(path, f"DICOM whose grey values reach from {low:g} to {high:g}")
     scaled = np.clip((values - low) / (high - low), 0, 1)
     return 1 - scaled if dataset.PhotometricInterpretation == "MONOCHROME1" else scaled
 
