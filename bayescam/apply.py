@@ -171,9 +171,11 @@ def explain_images(
     images, geometries, squares = _squares(run, paths)
     maps = explanation_maps(run.backbone, squares.to(run.device)).cpu().double()
     posterior = CamPosterior(maps, run.posterior)
-    limit = float(posterior.mean.abs().max())
-    for row, (prediction, file) in enumerate(zip(predictions, files, strict=True)):
-        k = run.classes.index(label) if label is not None else int(np.argmax(prediction.probabilities))
+    shown = [run.classes.index(label) if label else int(np.argmax(p.probabilities)) for p in predictions]
+    rows = torch.arange(len(shown))
+    limit = float(posterior.mean[rows, shown].abs().max())
+    spread = float(posterior.sd[rows, shown].max())
+    for row, (prediction, file, k) in enumerate(zip(predictions, files, shown, strict=True)):
         figure = case_figure(
             images[row],
             posterior.select([row]),
@@ -182,6 +184,7 @@ def explain_images(
             probabilities=prediction.probabilities,
             geometry=geometries[row],
             limit=limit,
+            spread=spread,
             title=prediction.image,
         )
         with atomic_path(file) as temporary:

@@ -83,8 +83,8 @@ class NutsConfig:
     """The referee; sizes per chain."""
 
     num_chains: int = 4
-    num_samples: int = 250
-    num_warmup: int = 150
+    num_samples: int = 500
+    num_warmup: int = 200
     kernel: Literal["nuts", "hmc"] = "nuts"
 
 
@@ -115,7 +115,7 @@ _PRESETS: dict[str, Config] = {
         preset="quick",
         data=DataConfig(phantom_images=1000),
         train=TrainConfig(epochs=6),
-        nuts=NutsConfig(num_chains=4, num_samples=100, num_warmup=60),
+        nuts=NutsConfig(num_chains=4, num_samples=200, num_warmup=100),
         explain=ExplainConfig(num_images=12),
     ),
     "standard": Config(preset="standard"),
