@@ -157,7 +157,12 @@ def test_plain_and_whitened_and_refined_and_hmc_agree():
     plain = replace(laplace, covariance=fit_laplace(features, labels, prior_precision=0.3, structure="diag").covariance)
     runs = [
         sample_nuts(one, features, labels, num_samples=1500, num_warmup=300, kernel=kernel, progress=False)
-        for one, kernel in [(laplace, "nuts"), (plain, "nuts"), (laplace, "hmc")]
+        for one, kernel in [
+            (laplace, "nuts"),
+            (plain, "nuts"),
+            (laplace.refine(features, labels), "nuts"),
+            (laplace, "hmc"),
+        ]
     ]
     moments = []
     for run in runs:
@@ -278,6 +283,53 @@ def test_ctrl_c_keeps_what_was_drawn(stop_at, complete, kept, monkeypatch, tmp_p
         assert caught.value.nuts.draws.weight.shape[:2] == (1, kept + (0 if complete else 1))
     whole = short(num_chains=3)
     assert torch.equal(short(num_chains=3, folder=tmp_path).draws.weight, whole.draws.weight)
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_the_workers_and_keeps_their_draws(tmp_path):
+    script = tmp_path / "long.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os, signal, threading
+            import torch, bayescam as bc
+            from bayescam.posterior import nuts_run
+            from bayescam.posterior.nuts import SamplingInterrupted
+            torch.manual_seed(5)
+            features, labels = torch.randn(60, 2, dtype=torch.float64), torch.arange(60) % 3
+            laplace = bc.fit_laplace(features, labels, prior_precision=1.0)
+            seen, advance = set(), nuts_run.Progress.advance
+            def count(self, chain, draw, *rest):
+                advance(self, chain, draw, *rest)
+                if draw >= 60 and chain not in seen:
+                    seen.add(chain)
+                    if len(seen) == 2:
+                        os.kill(os.getpid(), signal.SIGINT)
+            nuts_run.Progress.advance = count
+            try:
+                bc.sample_nuts(laplace, features, labels, num_chains=3, num_samples=10**6, num_warmup=50, num_workers=2)
+            except SamplingInterrupted as stopped:
+                print([chain.index for chain in stopped.chains], stopped.nuts.draws.num_chains)
+                print(all(len(chain.theta) > 5 for chain in stopped.chains))
+            """
+        )
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, cwd=root, env=_environment(root)
+    )
+    assert done.stdout.splitlines() == ["[0, 1] 1", "True"], done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_draws_on_a_gpu_stay_there():
+    laplace, features, labels = fitted()
+    run = sample_nuts(
+        laplace.to("cuda"), features.cuda(), labels.cuda(), num_chains=1, num_samples=20, num_warmup=20, progress=False
+    )
+    assert run.draws.weight.is_cuda
+    assert run.num_divergent == 0
 
 
 def test_kept_chains_of_another_run_are_not_taken(tmp_path):
