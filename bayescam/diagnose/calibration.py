@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 from bayescam.posterior.draws import Draws
@@ -172,3 +173,61 @@ def bootstrap_intervals(
     }
     tail = (1 - level) / 2
     return {name: tuple(np.quantile(v, [tail, 1 - tail]).tolist()) for name, v in values.items()}
+
+
+def per_class(probs: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Recall and precision of each class, (K,); nan where a class has no image or is never predicted."""
+    k = probs.shape[1]
+    predicted = probs.argmax(1)
+    hits = np.bincount(labels[predicted == labels], minlength=k).astype(float)
+    with np.errstate(invalid="ignore"):
+        return {
+            "recall": hits / np.bincount(labels, minlength=k),
+            "precision": hits / np.bincount(predicted, minlength=k),
+        }
+
+
+def brier_decomposition(probs: np.ndarray, labels: np.ndarray, *, num_bins: int = 15) -> dict[str, float]:
+    """Brier score = reliability - resolution + uncertainty + remainder, summed over one-against-rest problems.
+
+    With o_b the share of class k among the images whose p_k falls into bin b and o its share in all:
+    reliability = sum_b n_b/N (mean p - o_b)^2, resolution = sum_b n_b/N (o_b - o)^2, uncertainty = o (1 - o); the
+    remainder is what the spread of p within bins adds (Murphy 1973; Stephenson, Coelho and Jolliffe 2008).
+    """
+    total = dict.fromkeys(("reliability", "resolution", "uncertainty"), 0.0)
+    score = 0.0
+    for k in range(probs.shape[1]):
+        p, y = probs[:, k], (labels == k).astype(float)
+        bins = np.clip(np.ceil(p * num_bins).astype(int) - 1, 0, num_bins - 1)
+        count = np.bincount(bins, minlength=num_bins)
+        share = np.maximum(count, 1)
+        stated, seen = np.bincount(bins, p, num_bins) / share, np.bincount(bins, y, num_bins) / share
+        total["reliability"] += float((count * np.square(stated - seen)).sum() / len(p))
+        total["resolution"] += float((count * np.square(seen - y.mean())).sum() / len(p))
+        total["uncertainty"] += float(y.mean() * (1 - y.mean()))
+        score += float(np.square(p - y).mean())
+    remainder = score - total["reliability"] + total["resolution"] - total["uncertainty"]
+    return {**total, "remainder": remainder, "brier": score}
+
+
+def equal_mass_ece(probs: np.ndarray, labels: np.ndarray, *, num_bins: int = 15) -> float:
+    """ECE over bins of (nearly) equally many images, ordered by confidence (Nguyen and O'Connor 2015)."""
+    confidence, correct = probs.max(1), (probs.argmax(1) == labels).astype(float)
+    parts = np.array_split(np.argsort(confidence, kind="stable"), min(num_bins, len(labels)))
+    return float(sum(abs(correct[part].sum() - confidence[part].sum()) for part in parts) / len(labels))
+
+
+def ood_scores(inside: np.ndarray, outside: np.ndarray) -> dict[str, float]:
+    """How well an uncertainty tells unknown images from known ones.
+
+    AUROC = P(outside > inside) + P(equal) / 2; FPR95 = the share of inside images flagged at the threshold that flags
+    95 % of the outside ones (Hendrycks and Gimpel 2017).
+
+    Args:
+        inside: uncertainty of images like the training images, (N,).
+        outside: of others, (M,).
+    """
+    ranks = rankdata(np.concatenate([inside, outside]))[len(inside) :]
+    auroc = (ranks.sum() - len(outside) * (len(outside) + 1) / 2) / (len(inside) * len(outside))
+    threshold = np.quantile(outside, 0.05, method="lower")
+    return {"auroc": float(auroc), "fpr95": float((inside >= threshold).mean())}

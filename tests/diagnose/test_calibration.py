@@ -5,15 +5,26 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
+from sklearn.metrics import (
+    accuracy_score,
+    brier_score_loss,
+    log_loss,
+    precision_recall_fscore_support,
+    roc_auc_score,
+    roc_curve,
+)
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from bayescam.diagnose.calibration import (
     bootstrap_intervals,
+    brier_decomposition,
     classification_metrics,
     consistency_band,
     entropy,
+    equal_mass_ece,
     mutual_information,
+    ood_scores,
+    per_class,
     reliability,
     risk_coverage,
 )
@@ -114,3 +125,37 @@ def test_bootstrap_over_patients_is_wider_than_over_images(problem):
     low, high = bootstrap_intervals(probs, labels, np.arange(400))["nll"]
     by_patient = bootstrap_intervals(probs, labels, np.repeat(np.arange(80), 5))["nll"]
     assert by_patient[1] - by_patient[0] > 1.5 * (high - low)
+
+
+def test_per_class_equals_scikit_learn(problem):
+    probs, labels = problem
+    found = per_class(probs, labels)
+    precision, recall, _, _ = precision_recall_fscore_support(labels, probs.argmax(1))
+    np.testing.assert_allclose(found["recall"], recall)
+    np.testing.assert_allclose(found["precision"], precision)
+
+
+def test_the_brier_decomposition_adds_up_and_is_exact_for_constant_bins(problem):
+    probs, labels = problem
+    parts = brier_decomposition(probs, labels)
+    assert parts["brier"] == pytest.approx(classification_metrics(probs, labels)["brier"])
+    total = parts["reliability"] - parts["resolution"] + parts["uncertainty"] + parts["remainder"]
+    assert total == pytest.approx(parts["brier"])
+    two = np.array([[0.8, 0.2], [0.3, 0.7]])[np.arange(100) % 2]
+    exact = brier_decomposition(two, (np.arange(100) % 3 == 0).astype(int))
+    assert exact["remainder"] == pytest.approx(0, abs=1e-12)
+
+
+def test_equal_mass_ece_by_hand():
+    probs = np.array([[0.9, 0.1], [0.8, 0.2], [0.6, 0.4], [0.7, 0.3]])
+    assert equal_mass_ece(probs, np.array([0, 0, 1, 1]), num_bins=2) == pytest.approx((0.3 + 1.3) / 4)
+
+
+def test_ood_scores_equal_scikit_learn():
+    rng = np.random.default_rng(0)
+    inside, outside = rng.normal(size=300).round(1), rng.normal(1, 1, 200).round(1)
+    found = ood_scores(inside, outside)
+    truth = np.r_[np.zeros(300), np.ones(200)]
+    assert found["auroc"] == pytest.approx(roc_auc_score(truth, np.r_[inside, outside]))
+    fpr, tpr, _ = roc_curve(truth, np.r_[inside, outside], drop_intermediate=False)
+    assert found["fpr95"] == pytest.approx(fpr[tpr >= 0.95].min())
