@@ -44,7 +44,7 @@ def draw_in_processes(
     """
     geometries: list[Geometry | None] = [None] * len(obs_ids)
     running: list[subprocess.Popen[str]] = []
-    lock = threading.Lock()
+    lock, stopping = threading.Lock(), threading.Event()
     with (
         tqdm(total=len(obs_ids), desc=description, unit="image", disable=None if description else True) as bar,
         ThreadPoolExecutor(num_workers) as pool,
@@ -56,15 +56,17 @@ def draw_in_processes(
             with tempfile.TemporaryFile("w+", encoding="utf-8") as order, tempfile.TemporaryFile("w+") as said:
                 json.dump({**job, "target": str(target)}, order)
                 order.seek(0)
-                process = _start(order, said)
-                running.append(process)
-                assert process.stdout is not None
-                for line in process.stdout:
-                    row, *numbers = json.loads(line)
-                    geometries[row] = Geometry(*numbers)
-                    with lock:
-                        bar.update()
-                if process.wait() == 0:
+                if stopping.is_set():
+                    return None
+                with _start(order, said) as process:
+                    running.append(process)
+                    assert process.stdout is not None
+                    for line in process.stdout:
+                        row, *numbers = json.loads(line)
+                        geometries[row] = Geometry(*numbers)
+                        with lock:
+                            bar.update()
+                if process.returncode == 0:
                     return None
                 said.seek(0)
                 words = said.read().strip().splitlines()
@@ -74,6 +76,7 @@ def draw_in_processes(
             jobs = [pool.submit(watch, first) for first in range(num_workers)]
             failures = [words for job in jobs if (words := job.result()) is not None]
         except BaseException:
+            stopping.set()
             for process in running:
                 process.kill()
             raise
