@@ -184,14 +184,15 @@ def _data(state: _Run) -> None:
         assert_disjoint(dataset, split)
         write_csv(folder / "split.csv", ("obs_id", "path", "label", "patient", "split"), _split_rows(dataset, split))
         facts = {
-            "name": dataset.name,
-            "licence": dataset.licence,
+            "name": printable(dataset.name),
+            "licence": printable(dataset.licence, 2000),
             "shareable": dataset.shareable,
             "ignored": dict(dataset.ignored),
             "skipped": skipped,
             "counts": {
                 part: {
-                    name: int(((split == part) & (dataset.labels == k)).sum()) for k, name in enumerate(dataset.classes)
+                    printable(name): int(((split == part) & (dataset.labels == k)).sum())
+                    for k, name in enumerate(dataset.classes)
                 }
                 for part in ("train", "valid", "test")
             },

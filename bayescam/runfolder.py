@@ -105,6 +105,8 @@ def opened(
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"--out {path}: is a file; name a folder")
+    if not _is_utf8(path):
+        raise UsageError(f"--out {path}: not UTF-8, which safetensors cannot open; name another folder")
     held = sorted(p.name for p in path.iterdir() if p.name != _LOCK and not is_partial(p)) if path.is_dir() else []
     ours = (path / "config.toml").is_file()
     if held and not resume and not overwrite:
@@ -121,6 +123,13 @@ def opened(
         if not ours or not resume:
             write_text(path / "config.toml", to_toml(config))
         yield RunFolder(path), config
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        return bool(str(path.absolute()).encode("utf-8"))
+    except UnicodeEncodeError:
+        return False
 
 
 def _config(path: Path, config_file: Path | None, overrides: dict[str, Any], *, resume: bool) -> Config:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bayescam.errors import BayescamError
 from bayescam.storage import atomic_path
 
 if TYPE_CHECKING:
@@ -109,7 +110,17 @@ def load_pixels(folder: Path, num: int, size: int) -> Pixels | None:
 
 
 def save_pixels(folder: Path, num: int, size: int, fill: Callable[[np.memmap], list[Geometry]]) -> Pixels:
-    """Let ``fill`` write (N, S, S) uint16 into a new file, keep it in ``folder`` once it is whole, and open it."""
+    """Let ``fill`` write (N, S, S) uint16 into a new file, keep it in ``folder`` once it is whole, and open it.
+
+    Raises:
+        BayescamError: the cache folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BayescamError(
+            f"{folder}: the cache cannot be written ({error.strerror}); set BAYESCAM_CACHE to a folder that can"
+        ) from error
     with atomic_path(folder / "images.npy") as temporary:
         images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint16, shape=(num, size, size))
         _reserve(temporary)
