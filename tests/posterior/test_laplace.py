@@ -332,3 +332,15 @@ def test_cuda_agrees_with_the_cpu(structure):
     assert there.weight_mean.is_cuda
     torch.testing.assert_close(there.weight_mean.cpu(), here.weight_mean, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(there.weight_sd.cpu(), here.weight_sd, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_float32_features_give_the_float64_posterior(structure):
+    """Non-negative, correlated, partly dead features, as after a ReLU: sds to a thousandth, evidence to a hundredth."""
+    hidden = torch.relu(torch.randn(2000, 4) @ torch.randn(4, 20) + 0.2)
+    hidden[:, 3] = 0.0
+    labels = torch.distributions.Categorical(logits=hidden[:, :K] * 2).sample()
+    narrow = bc.fit_laplace(hidden, labels, num_classes=K, prior_precision=0.1, structure=structure)
+    wide = bc.fit_laplace(hidden.double(), labels, num_classes=K, prior_precision=0.1, structure=structure)
+    torch.testing.assert_close(narrow.weight_sd, wide.weight_sd, rtol=2e-3, atol=0)
+    assert narrow.log_evidence == pytest.approx(wide.log_evidence, abs=0.05)
