@@ -3,8 +3,8 @@
     python scripts/cam_localisation.py                        # about three minutes on 2 cores
 
 Prints every metric of the maps' posterior mean and lower 5 % bound and of maps that know nothing of the training (a
-bell in the centre, edges, brightness, random weights), with 95 % bootstrap intervals over patients; then the posterior's
-own hit rate beside the one observed, and what randomising labels does to maps and sds.
+bell in the centre, edges, brightness, random weights), with 95 % bootstrap intervals over patients; then the
+posterior's own hit rate beside the one observed, and what randomising labels does to maps and sds.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ def test_four_times_the_same_data_and_prior_halve_the_sd(structure):
         features.repeat(4, 1), labels.repeat(4), num_classes=K, prior_precision=4 * TAU, structure=structure
     )
     one, four = CamPosterior(_maps(), once), CamPosterior(_maps(), again)
-    torch.testing.assert_close(four.mean, one.mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(four.sd, one.sd / 2, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(four.mean, one.mean, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(four.sd, one.sd / 2, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("structure", ["full", "diag"])
