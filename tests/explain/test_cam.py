@@ -296,3 +296,18 @@ def test_wrong_arguments_are_refused_in_words():
         CamPosterior(random_maps(), "laplace")
     with pytest.raises(ValueError, match="1 draw"):
         CamPosterior(random_maps(), posterior.sample(1, seed=0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_results_stay_on_the_maps_device(structure):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    posterior, _ = make(structure)
+    maps = random_maps()
+    there, here = CamPosterior(maps.cuda(), posterior), CamPosterior(maps, posterior)
+    for name in ("mean", "sd"):
+        assert getattr(there, name).is_cuda
+        torch.testing.assert_close(getattr(there, name).cpu(), getattr(here, name))
+    torch.testing.assert_close(there.outranks(REGION_A, REGION_B, 1).cpu(), here.outranks(REGION_A, REGION_B, 1))
+    torch.testing.assert_close(there.attribution(1).cpu(), here.attribution(1))
