@@ -89,7 +89,9 @@ def test_the_phantom_written_opens_through_its_manifest_and_as_mura(tmp_path, ca
         opened = open_dataset(out)
         assert len(opened) == 12
         assert all(mask.shape == opened.image(i).shape for i in range(12) for mask in opened.masks(i).values())
-    assert len(open_dataset("mura", root=tmp_path / "mura")) == 12
+    mura = open_dataset("mura", root=tmp_path / "mura")
+    split_of = {f"MURA-v1.1/{record.obs_id}": record.split for record in mura.records}
+    assert {record.obs_id: record.split for record in open_dataset(tmp_path / "mura").records} == split_of
     capsys.readouterr()
     assert main(["data", "phantom", "--num", "0", "--out", str(tmp_path / "x")]) == 2
     assert "--num is 0" in capsys.readouterr().err

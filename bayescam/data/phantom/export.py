@@ -31,7 +31,8 @@ def export(
     Layout folder: ``<class>/<number>.png``. Layout mura: ``MURA-v1.1/{train,valid}/XR_<CLASS>/patient<p>/
     study<s>_{positive,negative}/image<m>.png`` with its four CSV files; a study with hardware or a cast is positive.
     Both have those masks that are not empty below ``masks/``, and ``manifest.csv`` (path, label, patient, study, view,
-    split, mask_<name>...) with paths relative to itself; the folder layout has no official split.
+    split, mask_<name>...) with paths relative to itself; the folder layout has no official split, MURA's valid set is
+    the test set.
 
     Raises:
         DataError: ``out`` exists and is not an empty folder.
@@ -53,7 +54,7 @@ def export(
         rows.append([path, one.case.part, f"{one.case.patient:05d}", f"study{one.case.study}", one.case.view, split])
         rows[-1] += [_write_mask(out, path, name, one) for name in MASKS]
     if layout == "mura":
-        _write_mura_tables(out, [(row[0], row[5]) for row in rows])
+        _write_mura_tables(out, [row[0] for row in rows])
     write_csv(out / "manifest.csv", HEADER, rows)
     return out / "manifest.csv"
 
@@ -68,7 +69,7 @@ def _mura_places(case: Case, positive: set[tuple[int, int]], counts: dict[str, i
     verdict = "positive" if (case.patient, case.study) in positive else "negative"
     study = f"MURA-v1.1/{split}/XR_{case.part.upper()}/patient{case.patient + 1:05d}/study{case.study}_{verdict}"
     counts[study] = counts.get(study, 0) + 1
-    return f"{study}/image{counts[study]}.png", split
+    return f"{study}/image{counts[study]}.png", {"train": "train", "valid": "test"}[split]
 
 
 def _positive_studies(num: int, seed: int, dials: Dials) -> set[tuple[int, int]]:
@@ -94,9 +95,9 @@ def _png(image: NDArray[np.float32], bits: int) -> bytes:
     return stream.getvalue()
 
 
-def _write_mura_tables(out: Path, places: list[tuple[str, str]]) -> None:
+def _write_mura_tables(out: Path, places: list[str]) -> None:
     for split in ("train", "valid"):
-        paths = [path for path, where in places if where == split]
+        paths = [path for path in places if path.startswith(f"MURA-v1.1/{split}/")]
         studies = dict.fromkeys(path.rsplit("/", 1)[0] + "/" for path in paths)
         labelled = [f"{study},{int(study.endswith('positive/'))}" for study in studies]
         write_text(out / f"MURA-v1.1/{split}_image_paths.csv", "".join(f"{path}\n" for path in paths))
