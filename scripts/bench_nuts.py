@@ -5,8 +5,9 @@
     python scripts/bench_nuts.py --size mura     # N = 36,808, D = 512, K = 7: bayescam, four chains, two processes
 
 Minimum ESS (bulk, over the centred weights and biases) per second, all set-up counted: for bayescam the Laplace fit,
-for NumPyro compilation. Seconds of this process's CPU time stand beside those of the clock: on a busy machine they are
-the steadier of the two (they leave out worker processes, so they mean nothing with --num-workers). Means and sds are held against each other in units of their Monte Carlo errors.
+for NumPyro compilation. This process's CPU time stands beside the clock's: on a busy machine it is the steadier of the
+two (it leaves out worker processes, so it means nothing with --num-workers). Means and sds are held against each other
+in units of their Monte Carlo errors.
 """
 
 from __future__ import annotations
