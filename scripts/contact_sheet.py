@@ -1,4 +1,7 @@
-"""Draw docs/phantom.png: every part of the phantom, six patients each, beside the masks of their truth."""
+"""Draw docs/phantom.png: every part of the phantom, six patients each, beside the masks of their truth.
+
+    python scripts/contact_sheet.py
+"""
 
 from __future__ import annotations
 

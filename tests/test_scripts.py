@@ -14,7 +14,7 @@ SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.py"))
 SETTINGS = """
 [data]
 image_size = 32
-phantom_images = 160
+phantom_images = 320
 [train]
 epochs = 1
 [nuts]
