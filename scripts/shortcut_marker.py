@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=1000, help="images to train on")
     parser.add_argument("--test", type=int, default=200, help="images whose maps are read")
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--difficulty", type=float, default=1.0, help="0 to 1: a shortcut tempts where bones are hard")
+    parser.add_argument("--augment", action="store_true", help="shift and turn in training")
     parser.add_argument(
         "--least", type=float, default=0.04, help="a cell is the marker's from this share of its area on"
     )
@@ -44,13 +46,15 @@ def main() -> None:
 def row(tied: float, parsed: argparse.Namespace) -> str:
     """Train with the marker tied or not, then read the maps of the predicted classes."""
     torch.manual_seed(parsed.seed)
-    train = phantom_dataset(parsed.train, parsed.seed, shortcut=tied)
-    test = phantom_dataset(parsed.test, parsed.seed + 1, shortcut=tied)
-    bare = phantom_dataset(parsed.test, parsed.seed + 1, shortcut=tied, without=("marker",))
+    train = phantom_dataset(parsed.train, parsed.seed, shortcut=tied, difficulty=parsed.difficulty)
+    test = phantom_dataset(parsed.test, parsed.seed + 1, shortcut=tied, difficulty=parsed.difficulty)
+    bare = phantom_dataset(
+        parsed.test, parsed.seed + 1, shortcut=tied, difficulty=parsed.difficulty, without=("marker",)
+    )
     backbone = bc.Backbone("small", len(train.classes))
     indices, held_out = np.arange(len(train)), parsed.train // 8
     pixels = train.pixels(backbone.image_size)
-    settings = TrainingSettings(epochs=parsed.epochs)
+    settings = TrainingSettings(epochs=parsed.epochs, augment=parsed.augment)
     parts = {"train": indices[:-held_out], "valid": indices[-held_out:]}
     train_backbone(backbone, pixels, train.labels, **parts, settings=settings, seed=parsed.seed)
     seen = backbone.extract(train, pixels=pixels)
