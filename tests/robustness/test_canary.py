@@ -1,0 +1,88 @@
+"""The leak canary: labels that say nothing of the image teach nothing, and patients that cross stop the run."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+CLASSES = ("elbow", "hand", "wrist")
+
+
+def _texture(rng: np.random.Generator, size: int = 40) -> np.ndarray:
+    return rng.integers(0, 255, (size // 5, size // 5)).repeat(5, 0).repeat(5, 1).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def canary(tmp_path_factory):
+    """60 patients of three near-equal images each; the patient's class is drawn by lot. A manifest.csv."""
+    root, rng = tmp_path_factory.mktemp("canary"), np.random.default_rng(5)
+    rows = []
+    for patient in range(60):
+        picture, label = _texture(rng), CLASSES[rng.integers(3)]
+        for view in range(3):
+            name = f"p{patient:02d}-{view}.png"
+            noisy = np.clip(picture + rng.integers(-8, 9, picture.shape), 0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(root / name)
+            rows.append((name, label, f"patient{patient}"))
+    with (root / "manifest.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([("path", "label", "patient"), *rows])
+    return root / "manifest.csv"
+
+
+@pytest.mark.slow
+def test_random_labels_per_patient_give_chance_accuracy(driver, settings, canary, tmp_path):
+    """Memorising patients would give an accuracy of 1 if their images crossed the split."""
+    outcome = driver.run("run", "--config", settings(canary, epochs="8"), "--out", tmp_path / "run")
+    assert outcome.status == 0, outcome.err
+    with (tmp_path / "run/split.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    sides: dict[str, set[str]] = {}
+    for row in rows:
+        sides.setdefault(row["patient"], set()).add(row["split"])
+    assert len(sides) == 60
+    assert all(len(parts) == 1 for parts in sides.values())
+    assert not any("patient" in row["patient"] for row in rows)
+    patients = sum(parts == {"test"} for parts in sides.values())
+    chance = 1 / 3 + 3 * np.sqrt(1 / 3 * 2 / 3 / patients)
+    for name, numbers in json.loads((tmp_path / "run/metrics.json").read_text())["methods"].items():
+        assert numbers["accuracy"] <= chance, name
+
+
+def test_a_planted_patient_overlap_stops_the_run(driver, settings, canary, tmp_path):
+    """An official split that puts one patient on two sides."""
+    with canary.open(newline="") as stream:
+        header, *rows = list(csv.reader(stream))
+    parts = ["train"] * 120 + ["valid"] * 30 + ["test"] * 30
+    parts[0] = "test"
+    planted = canary.with_name("planted.csv")
+    with planted.open("w", newline="") as stream:
+        csv.writer(stream).writerows(
+            [[*header, "split"], *([*row, part] for row, part in zip(rows, parts, strict=True))]
+        )
+    outcome = driver.run("run", "--config", settings(planted), "--out", tmp_path / "run")
+    assert outcome.status == 1
+    assert "patient0" in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
+    assert not (tmp_path / "run/backbone.safetensors").exists()
+
+
+def test_the_same_image_in_two_parts_stops_the_run(driver, settings, canary, tmp_path):
+    with canary.open(newline="") as stream:
+        header, *rows = list(csv.reader(stream))
+    twin = canary.with_name("twin.png")
+    twin.write_bytes(canary.with_name(rows[0][0]).read_bytes())
+    parts = ["train"] * 120 + ["valid"] * 30 + ["test"] * 30
+    rows, parts = [*rows, ["twin.png", rows[0][1], "someone else"]], [*parts, "test"]
+    planted = canary.with_name("twins.csv")
+    with planted.open("w", newline="") as stream:
+        csv.writer(stream).writerows(
+            [[*header, "split"], *([*row, part] for row, part in zip(rows, parts, strict=True))]
+        )
+    outcome = driver.run("run", "--config", settings(planted), "--out", tmp_path / "run")
+    assert outcome.status == 1
+    assert "twin.png" in outcome.err
+    assert not (tmp_path / "run/backbone.safetensors").exists()
