@@ -437,3 +437,23 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("BAYESCAM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert dataset_module.cache_folder() == tmp_path / "bayescam"
+
+
+@pytest.mark.parametrize("num", [0, 1, 7, 1000])
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_threads_keep_the_order(num, num_workers):
+    assert dataset_module.in_threads(lambda i: i * i, range(num), num_workers, None) == [i * i for i in range(num)]
+
+
+def test_the_first_error_ends_the_reading():
+    done = []
+
+    def work(i):
+        if i == 100:
+            raise ImageError("x.png", "is broken")
+        time.sleep(0.0005)
+        done.append(i)
+
+    with pytest.raises(ImageError):
+        dataset_module.in_threads(work, range(20_000), 2, None)
+    assert len(done) < 2000
