@@ -98,7 +98,7 @@ def killed(driver, straight, tiny, tmp_path_factory):
     own = home / "own.toml"
     own.write_text(straight[1].read_text().replace(json.dumps(str(tiny)), json.dumps(str(home / "images"))))
     shutil.copytree(tiny, home / "images")
-    strike = {"write": 11, "when": "after", "action": "kill"}
+    strike = {"write": 12, "when": "after", "action": "kill"}
     assert driver.run("run", "--config", own, "--out", home / "run", cache=home / "cache", **strike).status == -9
     assert {"data", "train"} <= set(json.loads((home / "run/.stages.json").read_text()))
     return home / "run", home / "images"
