@@ -272,7 +272,7 @@ _AT_LEAST: dict[str, float] = {
     "posterior.num_samples": 2,
     "nuts.num_chains": 2,
     "nuts.num_samples": 4,
-    "nuts.num_warmup": 10,
+    "nuts.num_warmup": 20,
     "explain.num_images": 1,
 }
 
