@@ -322,7 +322,7 @@ def laplace_at(
         log_evidence,
         images.count(),
         float(mode.gradient.norm()),
-        mode.decrement,
+        float(covariance.whiten_gradient(mode.gradient).norm()) if structure == "full" else mode.decrement,
         notes=tuple(_notes(images, mode.theta)),
         class_weights=class_weights,
     )
