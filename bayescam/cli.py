@@ -96,7 +96,7 @@ def _add_run(commands: Any) -> None:
     parser.add_argument(
         "--on-bad", choices=("raise", "skip"), help="what to do with unreadable images (default: raise)"
     )
-    parser.add_argument("--num-workers", type=int, help="processes that decode images (default: 0)")
+    parser.add_argument("--num-workers", type=int, help="images read side by side (default: one a core)")
     parser.add_argument("--config", type=Path, help="a TOML file of settings, such as a run's config.toml")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")

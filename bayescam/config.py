@@ -30,7 +30,7 @@ class DataConfig:
         phantom_images: how many radiographs the phantom draws.
         limit: at most so many images, drawn by seed with whole patients; absent: all.
         on_bad: "raise" stops at unreadable images, "skip" leaves them out before the split and counts them.
-        num_workers: processes that decode images; 0 decodes in this one.
+        num_workers: how many images are read side by side; 0 takes one a core.
         image_size: side of the square in pixels; absent: the network's own.
         valid, test: shares of the patients (an official split of the data wins).
     """

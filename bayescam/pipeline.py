@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bayescam import __version__
-from bayescam.backbone.network import Backbone, Features
+from bayescam.backbone.network import Backbone, Features, check_name
 from bayescam.backbone.training import TrainingSettings, train_backbone
 from bayescam.config import Config
 from bayescam.data.dataset import RadiographDataset, open_dataset
@@ -40,6 +40,7 @@ GAUSSIANS = {
     "laplace_full": "posterior/laplace.safetensors",
     "laplace_refined": "posterior/refined.safetensors",
 }
+_COMPARED_MAPS = 32
 METHODS = ("cnn", "map", "map_temperature", *GAUSSIANS, "nuts")
 
 
@@ -160,9 +161,19 @@ def _limited(dataset: RadiographDataset, limit: int, seed: int) -> RadiographDat
     return dataset.select(sorted(kept))
 
 
+def check_device_and_name(config: Config) -> None:
+    """Refuse what cannot work before anything is read."""
+    resolve_device(config.device)
+    try:
+        check_name(config.backbone.name)
+    except ValueError as error:
+        raise UsageError(f"--backbone: {error}") from error
+
+
 def _data(state: _Run) -> None:
     """Read, check and split; ``split.csv``, ``data.json``, ``environment.json``."""
     config, folder = state.config, state.folder
+    check_device_and_name(config)
     if folder.done("data"):
         _drop_unreadable_again(state)
         stored = read_json(folder / "data.json")
@@ -442,17 +453,22 @@ def _predictions(state: _Run, part: Features, probabilities: dict[str, Tensor]) 
 def _compare(state: _Run) -> None:
     """Is Laplace close enough to NUTS? ``comparison.json``."""
     from bayescam.diagnose.compare import compare_posteriors
+    from bayescam.explain.gradcam import explanation_maps
 
     folder, part = state.folder, state.part("test")
     if folder.done("compare"):
         return
     with folder.stage("compare", ["comparison.json"]):
+        train = state.part("train")
+        images = state.pixels.batch(state.rows("test")[:_COMPARED_MAPS]).to(state.device)
         comparison = compare_posteriors(
             state.gaussians["laplace_full"],
             state.nuts,
             part.features,
             part.labels,
             refined=state.gaussians["laplace_refined"],
+            maps=explanation_maps(state.backbone, images).cpu(),
+            training=(train.features, train.labels),
         )
         write_text(folder / "comparison.json", json.dumps(comparison.to_dict(), indent=1))
 

@@ -1,6 +1,6 @@
 """Draw docs/phantom.png: every part of the phantom, six patients each, beside the masks of their truth.
 
-    python scripts/contact_sheet.py
+python scripts/contact_sheet.py
 """
 
 from __future__ import annotations

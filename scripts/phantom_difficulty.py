@@ -1,6 +1,6 @@
 """How hard is the phantom? Train a small CNN on it and print accuracy and confusions on patients it has not seen.
 
-    python scripts/phantom_difficulty.py --workers 2
+python scripts/phantom_difficulty.py --workers 2
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def test_a_path_that_toml_cannot_hold_is_refused_in_words():
 def test_bad_files_are_refused_in_one_line_that_names_the_setting(tmp_path, text, words):
     file = tmp_path / "c.toml"
     file.write_text(text)
-    with pytest.raises(UsageError, match=".") as caught:
+    with pytest.raises(UsageError) as caught:
         read_config(file, {})
     assert words in str(caught.value)
 

@@ -29,7 +29,8 @@ num_samples = 50
 [explain]
 num_images = 6
 """
-FILES = """config.toml environment.json split.csv backbone.safetensors posterior/laplace.safetensors posterior/laplace.nc
+FILES = """
+config.toml environment.json split.csv backbone.safetensors posterior/laplace.safetensors posterior/laplace.nc
 posterior/nuts.nc metrics.json timings.json table.md comparison.json cams.nc report.html MODEL_CARD.md run.json
 history.csv predictions.nc""".split()
 METHODS = {"cnn", "map", "map_temperature", "laplace_diag", "laplace_kron", "laplace_full", "laplace_refined", "nuts"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +51,21 @@ class Features:
         n, d = self.features.shape
         cells = "" if self.maps is None else f", maps {tuple(self.maps.shape[2:])}"
         return f"Features(images={n}, features={d}{cells})"
+
+
+def check_name(name: str) -> None:
+    """Refuse a backbone that cannot be built by name.
+
+    Raises:
+        ValueError: unknown; the message lists what is known.
+    """
+    from torchvision import models
+
+    known = [*_OWN, *models.list_models(module=models)]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"take one of {', '.join(known)}"
+        raise ValueError(f"backbone {name!r} is unknown: {hint}")
 
 
 class Backbone(nn.Module):
@@ -277,12 +293,9 @@ def _build(name: str, num_classes: int, weights: str | None) -> tuple[nn.Module,
 
 
 def _torchvision(name: str, weights: str | None) -> nn.Module:
-    from torchvision import models
-    from torchvision.models import get_model, list_models
+    from torchvision.models import get_model
 
-    known = list_models(module=models)
-    if name not in known:
-        raise ValueError(f"backbone {name!r} is unknown: take one of {', '.join([*_OWN, *known])}")
+    check_name(name)
     if weights is not None and Path(weights).suffix in (".pth", ".pt", ".pkl", ".bin", ".ckpt"):
         raise BayescamError(
             f"{weights}: pickled weights can run code and are not read; convert them once with "

@@ -26,7 +26,9 @@ def ess(draws: np.ndarray, method: str = "bulk") -> np.ndarray:
 
 def psis(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
     """Pareto-smoothed log weights and the shape k-hat of log p - log q at draws from q, (S,)."""
-    log_weights, shape = az.psislw(np.array(log_ratios, dtype=float))
+    ratios = np.array(log_ratios, dtype=float)
+    # ArviZ 1.x takes the negative log ratios.
+    log_weights, shape = az.psislw(ratios) if hasattr(az, "InferenceData") else az.psislw(-ratios)
     return np.asarray(log_weights), float(shape)
 
 

@@ -31,6 +31,7 @@ from bayescam.storage import load_netcdf, netcdf_groups, save_netcdf
 _ELEMENTS = 1 << 24
 _MAX_PREDICTION_ELEMENTS = 30_000_000
 _THETA_BATCH = 64
+_MAX_COVARIANCE_SIZE = 1000
 
 
 def to_inference_data(
@@ -48,7 +49,7 @@ def to_inference_data(
     """A posterior as ArviZ's InferenceData (a DataTree since ArviZ 1.0).
 
     Groups: ``posterior`` (weight, bias, and both centred), ``log_prior``, ``prior``; for NUTS ``sample_stats`` with
-    Stan's names; for a Gaussian ``fit`` (mean, sd, and the covariance where P is small) and, with ``train``,
+    Stan's names; for a Gaussian ``fit`` (mean, sd and, up to 1,000 parameters, the covariance) and, with ``train``,
     ``sample_stats`` (lp, lp_approx); with ``features`` ``constant_data``, ``posterior_predictive``, ``predictions``
     and ``prior_predictive``; with ``labels`` ``observed_data`` and ``log_likelihood``.
 
@@ -215,7 +216,7 @@ def _laplace_stats(laplace: Laplace, draws: Draws, train: tuple[Tensor, Tensor])
 
 def _fit(laplace: Laplace, names: dict[str, np.ndarray]) -> xr.Dataset:
     mean = laplace.theta_mean
-    return xr.Dataset(
+    fit = xr.Dataset(
         {
             "weight_mean": (("label", "feature"), _array(laplace.weight_mean)),
             "bias_mean": (("label",), _array(laplace.bias_mean)),
@@ -225,6 +226,24 @@ def _fit(laplace: Laplace, names: dict[str, np.ndarray]) -> xr.Dataset:
         },
         coords={"label": names["label"], "feature": names["feature"]},
     )
+    if mean.numel() <= _MAX_COVARIANCE_SIZE:
+        rows = [f"weight[{k},{d}]" for k in names["label"] for d in names["feature"]]
+        rows += [f"bias[{k}]" for k in names["label"]]
+        fit = fit.assign_coords(rows=rows, columns=rows)
+        fit["covariance"] = (("rows", "columns"), _array(_dense(laplace.covariance)))
+    return fit
+
+
+def _dense(covariance: Covariance) -> Tensor:
+    """Sigma (P, P) in theta's order: weights row-major, then biases."""
+    k, width = covariance.num_classes, covariance.num_features + 1
+    like = covariance.diagonal()
+    one, eye = torch.eye(k).to(like), torch.eye(width).to(like)
+    blocks = [[covariance.bilinear(one[a], one[b], eye, eye) for b in range(k)] for a in range(k)]
+    dense = torch.cat([torch.cat(row, 1) for row in blocks])
+    index = torch.arange(k * width).reshape(k, width)
+    order = torch.cat([index[:, :-1].flatten(), index[:, -1]])
+    return dense[order][:, order]
 
 
 def _prior_draws(draws: Draws, tau: float, num_samples: int, seed: int) -> Draws:

@@ -138,3 +138,14 @@ def test_what_does_not_fit_is_named(problem):
         bc.to_inference_data(nuts, classes=["a", "b"])
     with pytest.raises(ValueError, match="classes has a name twice"):
         bc.to_inference_data(nuts, classes=["a", "a", "b", "c"])
+
+
+def test_the_fit_group_holds_the_covariance_in_thetas_order(problem):
+    _, _, laplace, _ = problem
+    fit = get_dataset(bc.to_inference_data(laplace, num_samples=10, classes=CLASSES), "fit")
+    dense = fit["covariance"].sel(rows="weight[b,1]", columns="bias[c]").item()
+    eye, one = torch.eye(D + 1, dtype=torch.float64), torch.eye(K, dtype=torch.float64)
+    assert dense == pytest.approx(float(laplace.covariance.bilinear(one[1], one[2], eye, eye)[1, D]))
+    variances = np.diag(fit["covariance"].values)
+    np.testing.assert_allclose(variances[: K * D], laplace.weight_sd.square().flatten().numpy())
+    np.testing.assert_allclose(variances[K * D :], laplace.bias_sd.square().numpy())
