@@ -182,7 +182,10 @@ def _diagnose(parsed: argparse.Namespace) -> int:
     import json
 
     from bayescam.diagnose.diagnosis import diagnose_run
+    from bayescam.runfolder import sealed
 
+    if (parsed.run / "run.json").is_file():
+        sealed(parsed.run)
     diagnosis = diagnose_run(parsed.run)
     print(json.dumps(diagnosis.to_dict(), indent=1) if parsed.json else diagnosis.text())
     return DONE

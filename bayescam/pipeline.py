@@ -31,7 +31,7 @@ from bayescam.posterior.laplace import Laplace, fit_laplace, load_laplace
 from bayescam.posterior.nuts import Nuts
 from bayescam.posterior.predictive import predict_proba
 from bayescam.posterior.temperature import fit_temperature
-from bayescam.runfolder import AlreadyComplete, RunFolder, opened, verified
+from bayescam.runfolder import AlreadyComplete, RunFolder, opened, sealed
 from bayescam.storage import load_netcdf, load_tensors, printable, read_json, save_tensors, write_csv, write_text
 
 GAUSSIANS = {
@@ -592,7 +592,7 @@ def report_again(path: Path) -> list[Path]:
     from bayescam.report.html import write_report
     from bayescam.report.model_card import write_model_card
 
-    verified(path, "metrics.json", "comparison.json", "predictions.nc", "cams.nc")
+    sealed(path)
     facts = read_json(path / "run.json")
     written = [write_report(path), write_model_card(path)]
     RunFolder(path).complete({key: facts.get(key) for key in ("bayescam", "seed", "preset")})

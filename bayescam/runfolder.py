@@ -243,3 +243,14 @@ def verified(path: Path, *names: str) -> Path:
         if sha256_of(path / name) != record.get("sha256"):
             raise BayescamError(f"{path / name}: changed since the run wrote it; restore it or run again")
     return path
+
+
+def sealed(path: Path) -> Path:
+    """A complete run folder whose files are all as ``run.json`` lists them, but for what ``report`` makes anew.
+
+    Raises:
+        BayescamError: as ``verified``.
+    """
+    files = read_json(verified(path) / "run.json").get("files")
+    names = files if isinstance(files, dict) else {}
+    return verified(path, *(name for name in names if name not in ("report.html", "MODEL_CARD.md")))

@@ -184,10 +184,22 @@ def _scaled(values: np.ndarray, depth: int, bits: int | None) -> np.ndarray:
     """Values over the full range; where only ``bits`` of ``depth`` carry signal, their own full range is white."""
     if bits is None or bits >= depth:
         return values / np.float32(2**depth - 1)
-    highest = 2**bits - 1
-    if values.max() > highest:  # PNG encoders scale up to the full depth: the high bits carry the signal
-        return (values >> (depth - bits)) / np.float32(highest)
+    shift, highest = depth - bits, 2**bits - 1
+    if values.max() > highest or _fills(values, depth, bits):
+        return (values >> shift) / np.float32(highest)
     return values / np.float32(highest)
+
+
+def _fills(values: np.ndarray, depth: int, bits: int) -> bool:
+    """Whether a picture, however dark, was scaled up to ``depth`` as PNG asks: low bits zero, or by the rule of three.
+
+    The largest value cannot tell: a dark picture scaled up has small values too, and would come out 2^(depth - bits)
+    times too bright.
+    """
+    shift = depth - bits
+    signal = (values >> shift).astype(np.int64)
+    proportional = np.abs(signal * ((2**depth - 1) / (2**bits - 1)) - values)
+    return bool((values == signal << shift).all() or (proportional <= 1).all())
 
 
 def _checked_png(stream: BinaryIO, path: str | os.PathLike[str]) -> int | None:

@@ -38,7 +38,7 @@ STRUCTURES = ("full", "kron", "diag")
 CRITERIA = ("evidence", "elbo")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Laplace:
     """A Gaussian posterior over weight and bias: Laplace's around the MAP, or the refined one. All tensors are
     float64.
@@ -71,6 +71,15 @@ class Laplace:
     notes: tuple[str, ...] = ()
     class_weights: Tensor | None = None
     refinement: Refinement | None = None
+
+    def __repr__(self) -> str:
+        kind = "refined Gaussian" if self.refined else "Laplace"
+        noted = f", notes: {'; '.join(self.notes)}" if self.notes else ""
+        return (
+            f"{kind}({self.structure}, classes={self.num_classes}, features={self.num_features}, "
+            f"images={self.num_train}, prior_precision={self.prior_precision:.4g}, "
+            f"log_evidence={self.log_evidence:.2f}{noted})"
+        )
 
     @property
     def structure(self) -> str:

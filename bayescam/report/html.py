@@ -69,6 +69,7 @@ def contents(files: RunFiles) -> dict[str, Any]:
         "cams": {key: _plain(value) for key, value in files.cams.attrs.items()},
         "checks": diagnosis.checks,
         "passed": diagnosis.passed,
+        "nuts_doubts": [c.name for c in diagnosis.checks if c.subject == "nuts" and c.passed is False],
         "environment": files.json("environment.json"),
         "timings": files.json("timings.json")["stages"],
         "settings": settings,

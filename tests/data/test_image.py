@@ -53,6 +53,7 @@ def _transparent() -> Image.Image:
 COMPOSITED = TRUTH * (np.arange(16) >= 8)
 WIDE = GREY.astype(np.uint16) * 257
 TWELVE = GREY.astype(np.uint16) * 16 + 7
+DARK = np.add.outer(np.arange(24) * 5, np.arange(16) * 3)  # (24, 16), 0 to 160 of 4,095
 
 GOOD = {
     "L": (saved(Image.fromarray(GREY)), TRUTH),
@@ -74,6 +75,13 @@ GOOD = {
     "16 bit RGBA": (png(np.dstack([WIDE] * 3 + [np.full_like(WIDE, 65535)]), 16, 6), TRUTH),
     "12 bit sBIT low": (png(TWELVE, 16, extra=chunk(b"sBIT", b"\x0c")), TWELVE / 4095),
     "12 bit sBIT scaled": (png(TWELVE << 4 | TWELVE >> 8, 16, extra=chunk(b"sBIT", b"\x0c")), TWELVE / 4095),
+    "12 bit sBIT low, dark": (png(DARK, 16, extra=chunk(b"sBIT", b"\x0c")), DARK / 4095),
+    "12 bit sBIT shifted, dark": (png(DARK << 4, 16, extra=chunk(b"sBIT", b"\x0c")), DARK / 4095),
+    "12 bit sBIT replicated, dark": (png(DARK << 4 | DARK >> 8, 16, extra=chunk(b"sBIT", b"\x0c")), DARK / 4095),
+    "12 bit sBIT proportional, dark": (
+        png(np.rint(DARK * 65535 / 4095).astype(int), 16, extra=chunk(b"sBIT", b"\x0c")),
+        DARK / 4095,
+    ),
     "12 bit without sBIT": (png(TWELVE, 16), TWELVE / 65535),
     "16 bit constant": (png(np.full((9, 9), 30000), 16), np.full((9, 9), 30000 / 65535)),
     "1 bit": (saved(Image.fromarray(GREY > 99)), (GREY > 99) * 1.0),
