@@ -22,7 +22,7 @@ from bayescam.errors import BayescamError
 from bayescam.storage import printable, sha256_of
 
 Split = Literal["train", "valid", "test"]
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _WORTH_PROCESSES = 300  # starting an interpreter costs as much as drawing some dozens of images
 _CHUNK = 64  # images a thread takes at a time: a future for each would cost more than hashing it
 _S = TypeVar("_S")
