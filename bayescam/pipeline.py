@@ -481,13 +481,18 @@ def chosen_posterior(folder: Path) -> tuple[str, str]:
 
 
 def _gallery(predictions: Any, method: str, count: int) -> np.ndarray:
-    """Test images worth a look: the surest right, the surest wrong and the most uncertain, a third each."""
+    """Test images worth a look: the surest right of each class in turn, the surest wrong and the most uncertain."""
     probs = predictions["probs"].sel({"method": method}).values
     right = probs.argmax(1) == predictions["y"].values
     entropy = predictions["entropy"].sel({"method": method}).values
     third = -(-count // 3)
     sure = np.argsort(entropy, kind="stable")
-    groups = (sure[right[sure]][:third], sure[~right[sure]][:third], sure[::-1])
+    best = sure[right[sure]]
+    turn = np.zeros(len(best), dtype=int)
+    for k in range(probs.shape[1]):
+        members = probs[best].argmax(1) == k
+        turn[members] = np.arange(members.sum())
+    groups = (best[np.argsort(turn, kind="stable")][:third], sure[~right[sure]][:third], sure[::-1])
     chosen: list[int] = []
     for group in groups:
         room = min(count, len(chosen) + third) if group is not groups[-1] else count

@@ -20,9 +20,9 @@ from bayescam.report.style import NAMES
 from bayescam.storage import write_text
 
 HEADLINES = {
-    "laplace": "The Laplace posterior can be believed here.",
-    "refine": "The Laplace posterior cannot be believed here; the refined one can.",
-    "nuts": "Neither Gaussian posterior can be believed here; use NUTS.",
+    "laplace": "The Laplace posterior predicts like NUTS here.",
+    "refine": "The Laplace posterior does not predict like NUTS here; the refined one does.",
+    "nuts": "Neither Gaussian posterior predicts like NUTS here; use NUTS.",
     "undecided": "Nothing can be said about Laplace: NUTS itself has not converged.",
 }
 _METRICS = ("accuracy", "nll", "ece", "brier")
