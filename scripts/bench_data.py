@@ -73,7 +73,7 @@ def file_lines(root: Path, size: int, repeats: int) -> tuple[int, dict[str, floa
         with tempfile.TemporaryDirectory() as cache:
             return pixels(Path(cache))
 
-    lines[f"bayescam pixels(), {cores} threads, no cache"] = seconds(cold, repeats)
+    lines[f"bayescam pixels(), {cores} processes, no cache"] = seconds(cold, repeats)
     with tempfile.TemporaryDirectory() as cache:
         pixels(Path(cache))
         lines["bayescam pixels(), from the cache"] = seconds(lambda: pixels(Path(cache)), repeats)
@@ -99,7 +99,7 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="class folders (default: simulated ones)")
-    parser.add_argument("--num", type=int, default=600, help="simulated images")
+    parser.add_argument("--num", type=int, default=3000, help="simulated images")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     asked = parser.parse_args()

@@ -22,7 +22,7 @@ from bayescam.errors import BayescamError
 from bayescam.storage import printable, sha256_of
 
 Split = Literal["train", "valid", "test"]
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 _WORTH_PROCESSES = 300  # starting an interpreter costs as much as drawing some dozens of images
 _CHUNK = 64  # images a thread takes at a time: a future for each would cost more than hashing it
 _S = TypeVar("_S")
@@ -73,7 +73,7 @@ class Source(Protocol):
         ...
 
     def recipe(self) -> dict[str, Any] | None:
-        """What a worker process makes this source from; None where threads are enough (decoding frees the lock)."""
+        """What a worker process makes this source from; None where only this process can."""
         ...
 
 
@@ -103,8 +103,8 @@ class FileSource:
         except OSError as error:
             raise ImageError(path, error.strerror or str(error)) from error
 
-    def recipe(self) -> None:
-        return None
+    def recipe(self) -> dict[str, Any]:
+        return {"files": True}
 
 
 def _path(record: Radiograph) -> Path:
@@ -201,7 +201,7 @@ class RadiographDataset:
 
         Args:
             size: S.
-            num_workers: threads that decode; 0 takes one a core.
+            num_workers: processes that decode or draw, for data sets large enough to be worth it; 0 takes one a core.
             cache: folder of decoded images; None takes ``cache_folder()``.
             progress: show a bar.
 
@@ -215,21 +215,22 @@ class RadiographDataset:
         kept = load_pixels(folder, len(self), size)
         if kept is not None:
             return kept
-        description = ("reading images" if self.source.recipe() is None else "drawing images") if progress else None
+        description = ("drawing images" if self.root is None else "reading images") if progress else None
         return save_pixels(folder, len(self), size, lambda images: self._fill(images, size, num_workers, description))
 
     def _fill(self, images: np.memmap, size: int, num_workers: int, description: str | None) -> list[Geometry]:
         """Decode or draw every image into its row, with all cores, and return the geometries."""
         recipe, workers = self.source.recipe(), num_workers or _cores()
+        names = [record.obs_id if record.path is None else str(record.path) for record in self.records]
         if recipe is not None and workers > 1 and len(self) >= _WORTH_PROCESSES:
-            return draw_in_processes(recipe, self.obs_ids, size, Path(str(images.filename)), workers, description)
+            return draw_in_processes(recipe, names, size, Path(str(images.filename)), workers, description)
 
         def fill(index: int) -> Geometry:
             square, geometry = letterboxed(self.image(index), size)
             images[index] = square
             return geometry
 
-        return in_threads(fill, range(len(self)), workers if recipe is None else 1, description)
+        return in_threads(fill, range(len(self)), 1, description)
 
 
 def _cores() -> int:

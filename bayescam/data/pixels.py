@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from bayescam.errors import BayescamError
 from bayescam.storage import atomic_path
@@ -48,11 +49,8 @@ class Geometry:
         inner = (self.scaled_height, self.scaled_width)
         picture = np.ascontiguousarray(image, dtype=np.float32)
         if picture.shape != inner:
-            import torch
-            from torch.nn.functional import interpolate
-
-            source = torch.from_numpy(picture)[None, None]
-            picture = interpolate(source, inner, mode="bilinear", align_corners=False, antialias=True)[0, 0].numpy()
+            resized = Image.fromarray(picture).resize((inner[1], inner[0]), Image.Resampling.BILINEAR)
+            picture = np.asarray(resized)
         square = np.zeros((self.size, self.size), dtype=np.float32)
         square[self.top : self.top + inner[0], self.left : self.left + inner[1]] = np.clip(picture, 0, 1)
         return square

@@ -1,4 +1,4 @@
-"""Drawing images in worker processes: numpy code that holds the interpreter's lock leaves threads nothing to gain."""
+"""Images in worker processes: what holds the interpreter's lock leaves threads nothing to gain."""
 
 from __future__ import annotations
 
@@ -15,44 +15,46 @@ from typing import Any
 
 from tqdm import tqdm
 
+from bayescam.data.image import ImageError
 from bayescam.data.pixels import Geometry
 from bayescam.errors import BayescamError
 
 
 class WorkerError(BayescamError, RuntimeError):
-    """A process that drew images died."""
+    """A process that read or drew images died."""
 
 
 def draw_in_processes(
-    recipe: dict[str, Any], obs_ids: Sequence[str], size: int, target: Path, num_workers: int, description: str | None
+    recipe: dict[str, Any], images: Sequence[str], size: int, target: Path, num_workers: int, description: str | None
 ) -> list[Geometry]:
-    """Draw every image into its row of ``target``, an .npy of (N, S, S) uint16; the geometries in order.
+    """Read or draw every image into its row of ``target``, an .npy of (N, S, S) uint16; the geometries in order.
 
     Each worker is a fresh interpreter that imports bayescam alone: no fork, no pickle, no __main__ guard. Row i is
-    drawn by worker i modulo ``num_workers``; its pixels depend on neither.
+    made by worker i modulo ``num_workers``; its pixels depend on neither.
 
     Args:
         recipe: what ``Source.recipe`` gave.
-        obs_ids: N.
+        images: N paths of files, or obs_ids of a simulator's records.
         size: S.
         target: the file, made before.
         num_workers: processes.
         description: of the bar, None for no bar.
 
     Raises:
+        ImageError: an image that cannot be read.
         WorkerError: a worker ended early; the message has its last words.
     """
-    geometries: list[Geometry | None] = [None] * len(obs_ids)
+    geometries: list[Geometry | None] = [None] * len(images)
     running: list[subprocess.Popen[str]] = []
     lock, stopping = threading.Lock(), threading.Event()
     with (
-        tqdm(total=len(obs_ids), desc=description, unit="image", disable=None if description else True) as bar,
+        tqdm(total=len(images), desc=description, unit="image", disable=None if description else True) as bar,
         ThreadPoolExecutor(num_workers) as pool,
     ):
 
         def watch(first: int) -> str | None:
-            rows = list(range(first, len(obs_ids), num_workers))
-            job = {"recipe": recipe, "rows": rows, "obs_ids": [obs_ids[i] for i in rows], "size": size}
+            rows = list(range(first, len(images), num_workers))
+            job = {"recipe": recipe, "rows": rows, "images": [images[i] for i in rows], "size": size}
             with tempfile.TemporaryFile("w+", encoding="utf-8") as order, tempfile.TemporaryFile("w+") as said:
                 json.dump({**job, "target": str(target)}, order)
                 order.seek(0)
@@ -62,7 +64,10 @@ def draw_in_processes(
                     running.append(process)
                     assert process.stdout is not None
                     for line in process.stdout:
-                        row, *numbers = json.loads(line)
+                        said_of = json.loads(line)
+                        if isinstance(said_of, dict):
+                            raise ImageError(said_of["path"], said_of["reason"])
+                        row, *numbers = said_of
                         geometries[row] = Geometry(*numbers)
                         with lock:
                             bar.update()
@@ -81,7 +86,7 @@ def draw_in_processes(
                 process.kill()
             raise
     if failures:
-        raise WorkerError(f"a process that draws images ended early ({failures[0]}); --num-workers 1 draws without any")
+        raise WorkerError(f"a process that makes images ended early ({failures[0]}); --num-workers 1 does without any")
     return [geometry for geometry in geometries if geometry is not None]
 
 

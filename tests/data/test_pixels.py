@@ -15,6 +15,7 @@ from PIL import Image
 from bayescam.data import pixels as pixels_module
 from bayescam.data import workers
 from bayescam.data.dataset import open_dataset
+from bayescam.data.image import ImageError
 from bayescam.data.pixels import Geometry, letterboxed
 
 SHAPES = [(128, 128), (512, 400), (89, 512), (300, 301), (17, 8), (8, 240), (64, 63), (40, 1200)]
@@ -196,3 +197,21 @@ def test_a_plain_script_without_a_main_guard_uses_processes(tmp_path):
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.stdout == "drawn 320 True\n", done.stderr
+
+
+def test_processes_read_what_this_one_reads_and_name_what_they_cannot(tmp_path, monkeypatch):
+    monkeypatch.setattr("bayescam.data.dataset._WORTH_PROCESSES", 1)
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(4):
+            picture = rng.integers(0, 255, (20 + i, 31)).astype(np.uint8)
+            Image.fromarray(picture).save(tmp_path / "images" / name / f"{i} é.png")
+    dataset = open_dataset(tmp_path / "images")
+    apart = dataset.pixels(16, num_workers=2, cache=tmp_path / "one", progress=False)
+    alone = dataset.pixels(16, num_workers=1, cache=tmp_path / "two", progress=False)
+    assert np.array_equal(apart.images, alone.images)
+    assert apart.geometry == alone.geometry
+    (tmp_path / "images/b/2 é.png").write_bytes(b"no picture")
+    with pytest.raises(ImageError, match=r"2 é\.png: is not a PNG"):
+        open_dataset(tmp_path / "images").pixels(16, num_workers=2, cache=tmp_path / "three", progress=False)
