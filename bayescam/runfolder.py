@@ -14,15 +14,23 @@ from typing import Any
 
 from bayescam.config import Config, read_config, to_toml
 from bayescam.errors import BayescamError, FileFormatError, UsageError
-from bayescam.storage import is_partial, read_json, sha256_of, write_text
+from bayescam.storage import is_partial, printable, read_json, sha256_of, write_text
 
 _LOCK = ".lock"
 _STAGES = ".stages.json"
 _SCRATCH = ".scratch"
+_MARKS = (_LOCK, _STAGES, "run.json")  # one of them beside config.toml says that the folder is a run
+WRITTEN = frozenset(
+    """config.toml environment.json split.csv data.json backbone.safetensors history.csv features.safetensors posterior
+    predictions.nc metrics.json table.md comparison.json cams.nc timings.json figures report.html MODEL_CARD.md run.json
+    """.split()
+) | {_LOCK, _STAGES, _SCRATCH}  # all that a run puts into its folder, and all that --overwrite may remove
+
+_REMADE = ("report.html", "MODEL_CARD.md")  # what bayescam report writes anew
 
 
 class AlreadyComplete(Exception):
-    """``--resume`` met a run that is complete: nothing is left to do."""
+    """``--resume`` met a run that is complete and unchanged: nothing is left to do."""
 
 
 class RunFolder:
@@ -100,22 +108,29 @@ def opened(
 
     Raises:
         UsageError: the folder is a file, holds something already, or (on resume) another configuration.
-        BayescamError: another process runs in it, or it cannot be written.
-        AlreadyComplete: on resume, when ``run.json`` says complete.
+        BayescamError: another process runs in it, it cannot be written, or (on resume) a file of a complete run is not
+            what it was.
+        AlreadyComplete: on resume, when ``run.json`` says complete and every file is as it lists it.
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"--out {path}: is a file; name a folder")
     if not _is_utf8(path):
         raise UsageError(f"--out {path}: not UTF-8, which safetensors cannot open; name another folder")
     held = sorted(p.name for p in path.iterdir() if p.name != _LOCK and not is_partial(p)) if path.is_dir() else []
-    ours = (path / "config.toml").is_file()
+    ours = (path / "config.toml").is_file() and any((path / name).is_file() for name in _MARKS)
+    if held and not ours:
+        raise UsageError(f"--out {path}: the folder is not empty and not a run ({printable(held[0])}); name another")
     if held and not resume and not overwrite:
         raise UsageError(f"--out {path}: the folder is not empty; name another, or say --resume or --overwrite")
-    if held and not ours:
-        raise UsageError(f"--out {path}: the folder holds files that are not a run ({held[0]}); name another")
+    foreign = [name for name in held if name not in WRITTEN] if overwrite else []
+    if foreign:
+        raise UsageError(
+            f"--out {path}: holds {printable(foreign[0])}, which no run wrote and would be removed; move it away"
+        )
     config = _config(path, config_file, overrides, resume=resume and ours)
     with _locked(path):
         if resume and (path / "run.json").is_file():
+            verified(path, *_recorded(path))
             raise AlreadyComplete
         if overwrite and not resume:
             _clear(path)
@@ -238,11 +253,19 @@ def verified(path: Path, *names: str) -> Path:
     files = read_json(path / "run.json").get("files")
     for name in names:
         record = files.get(name) if isinstance(files, dict) else None
-        if not (path / name).is_file() or not isinstance(record, dict):
-            raise BayescamError(f"{path / name}: missing; run again")
+        way = "bayescam report writes it again" if name in _REMADE else "restore it or run again"
+        if not isinstance(record, dict) or not _is_file(path / name):
+            raise BayescamError(f"{printable(str(path / name))}: missing; {way}")
         if sha256_of(path / name) != record.get("sha256"):
-            raise BayescamError(f"{path / name}: changed since the run wrote it; restore it or run again")
+            raise BayescamError(f"{printable(str(path / name))}: changed since the run wrote it; {way}")
     return path
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def sealed(path: Path) -> Path:
@@ -251,6 +274,12 @@ def sealed(path: Path) -> Path:
     Raises:
         BayescamError: as ``verified``.
     """
+    return verified(path, *(name for name in _recorded(path) if name not in _REMADE))
+
+
+def _recorded(path: Path) -> list[str]:
+    """The files that ``run.json`` lists."""
     files = read_json(verified(path) / "run.json").get("files")
-    names = files if isinstance(files, dict) else {}
-    return verified(path, *(name for name in names if name not in ("report.html", "MODEL_CARD.md")))
+    if not isinstance(files, dict) or "config.toml" not in files:
+        raise FileFormatError(f"{path / 'run.json'}: lists no files of a run; restore it or run again")
+    return list(files)

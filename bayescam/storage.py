@@ -216,7 +216,14 @@ def inert(cell: object) -> object:
 
 
 def printable(name: str, limit: int = 200) -> str:
-    """A name as one harmless line: control characters and undecodable bytes escaped, long names cut in the middle."""
+    """A name as one harmless line: control characters and undecodable bytes escaped, the middle of long names cut out.
+
+    In place of what was cut stand eight hex digits of the whole name's SHA-256, so that two names stay two.
+    """
     text = name.encode("utf-8", errors="backslashreplace").decode("utf-8")
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 :]}"
+    if len(text) <= limit:
+        return text
+    mark = f"…{hashlib.sha256(name.encode('utf-8', errors='surrogatepass')).hexdigest()[:8]}…"
+    kept = max(0, limit - len(mark))
+    return text[: kept - kept // 2] + mark + text[len(text) - kept // 2 :]

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from bayescam.cli import main
+from bayescam.runfolder import WRITTEN
 from bayescam.storage import sha256_of
 
 SETTINGS = """
@@ -55,6 +56,7 @@ class TestPhantom:
         for name in FILES:
             assert (tiny_run / name).stat().st_size > 0, name
         assert list((tiny_run / "figures").glob("*.png"))
+        assert {path.name for path in tiny_run.iterdir()} <= WRITTEN, "what --overwrite may remove must be listed"
         metrics = json.loads((tiny_run / "metrics.json").read_text())
         assert set(metrics["methods"]) == METHODS
         for row in metrics["methods"].values():

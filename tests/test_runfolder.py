@@ -43,6 +43,25 @@ def test_overwrite_never_clears_a_folder_that_is_not_a_run(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_overwrite_keeps_its_hands_off_a_project_that_has_a_config_toml(tmp_path):
+    """Neither another program's folder nor a run that the user has put something into is emptied."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/config.toml").write_text('preset = "quick"\n')
+    (tmp_path / "site/post.md").write_text("mine")
+    for options in ({"overwrite": True}, {"resume": True}, {}):
+        with pytest.raises(UsageError, match="not a run"), _open(tmp_path / "site", **options):
+            pass
+    with _open(tmp_path / "r") as (folder, _):
+        write_text(folder / "metrics.json", "{}")
+    (tmp_path / "r/thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match=r"holds thesis\.tex, which"), _open(tmp_path / "r", overwrite=True):
+        pass
+    assert (tmp_path / "r/thesis.tex").read_text() == "years of work"
+    (tmp_path / "r/thesis.tex").unlink()
+    with _open(tmp_path / "r", overwrite=True):
+        assert not (tmp_path / "r/metrics.json").exists()
+
+
 def test_resume_keeps_whole_stages_and_overwrite_drops_them(tmp_path):
     with _open(tmp_path / "r") as (folder, _):
         _stage(folder, "a")
@@ -51,8 +70,10 @@ def test_resume_keeps_whole_stages_and_overwrite_drops_them(tmp_path):
         assert not folder.done("b")
         (folder / "a.txt").unlink()
         assert not folder.done("a")
+        with folder.stage("b", ["metrics.json"]):
+            write_text(folder / "metrics.json", "{}")
     with _open(tmp_path / "r", overwrite=True) as (folder, _):
-        assert not folder.done("a")
+        assert not folder.done("b")
 
 
 def test_what_a_kill_leaves_behind_is_no_obstacle_and_is_swept(tmp_path):
@@ -74,7 +95,7 @@ def test_what_a_kill_leaves_behind_is_no_obstacle_and_is_swept(tmp_path):
 
 def test_an_overwriting_that_is_killed_leaves_an_unfinished_run(tmp_path, monkeypatch):
     with _open(tmp_path / "r") as (folder, _):
-        _stage(folder, "a")
+        write_text(folder / "metrics.json", "{}")
         folder.complete({})
     removed = []
     unlink = Path.unlink
@@ -91,7 +112,7 @@ def test_an_overwriting_that_is_killed_leaves_an_unfinished_run(tmp_path, monkey
             pass
     assert removed[0] == "run.json"
     with _open(tmp_path / "r", overwrite=True) as (folder, _):
-        assert not folder.done("a")
+        assert not (folder / "metrics.json").exists()
 
 
 def test_the_record_of_a_run_does_not_list_itself(tmp_path):
@@ -149,8 +170,30 @@ def test_resume_on_a_missing_folder_starts_and_on_a_complete_one_says_so(tmp_pat
     assert stored["files"]["a.txt"]["sha256"] == sha256_of(tmp_path / "r/a.txt")
     assert verified(tmp_path / "r", "a.txt") == tmp_path / "r"
     write_text(tmp_path / "r/a.txt", "other")
-    with pytest.raises(BayescamError, match="changed since"):
+    with pytest.raises(BayescamError, match=r"a\.txt: changed since"):
         verified(tmp_path / "r", "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda run: write_text(run / "a.txt", "other"), r"a\.txt: changed since .* run again"),
+        (lambda run: (run / "a.txt").unlink(), r"a\.txt: missing"),
+        (lambda run: write_text(run / "report.html", "other"), r"report\.html: changed since .*bayescam report"),
+        (lambda run: write_text(run / "run.json", '{"status": "complete", "files": {}}'), r"run\.json: lists no files"),
+        (lambda run: write_text(run / "run.json", '{"files": {"config.toml": 1}}'), r"config\.toml: missing"),
+    ],
+)
+def test_resume_says_complete_only_of_a_run_that_is_as_it_was_written(tmp_path, change, words):
+    with _open(tmp_path / "r") as (folder, _):
+        _stage(folder, "a")
+        write_text(folder / "report.html", "<p>")
+        folder.complete({})
+    with pytest.raises(AlreadyComplete), _open(tmp_path / "r", resume=True):
+        pass
+    change(tmp_path / "r")
+    with pytest.raises(BayescamError, match=words), _open(tmp_path / "r", resume=True):
+        pass
 
 
 def test_an_unfinished_or_foreign_folder_is_not_a_run(tmp_path):
@@ -212,4 +255,14 @@ def test_tables_are_inert_and_names_are_one_line(tmp_path):
     assert (tmp_path / "t.csv").read_text() == "a\n'=cmd()\n'-x\nplain\n-1.5\n"
     assert inert("@x") == "'@x"
     assert printable("a\nb\x1b[31m\udcff") == "a\\nb\\x1b[31m\\udcff"
-    assert len(printable("x" * 255, 50)) == 51
+
+
+def test_a_long_name_is_cut_to_the_limit_and_stays_unlike_any_other():
+    names = [f"{'x' * 150}{middle}{'y' * 150}" for middle in ("", "a", "b", "a\n", "\udcff")]
+    for limit in (20, 200):
+        cut = [printable(name, limit) for name in names]
+        assert all(len(text) == limit and text.isprintable() for text in cut)
+        assert len(set(cut)) == len(names)
+    assert printable("x" * 200) == "x" * 200
+    assert printable("x" * 150 + "y" * 150).startswith("x" * 95 + "…")
+    assert printable("x" * 150 + "y" * 150).endswith("…" + "y" * 95)

@@ -174,6 +174,16 @@ def test_resuming_the_complete_run_says_so_and_writes_nothing(driver, straight):
     assert _digests(folder) == before
 
 
+def test_resuming_a_complete_run_names_the_file_that_was_changed(driver, straight, tmp_path):
+    folder, _, _ = straight
+    shutil.copytree(folder, tmp_path / "run")
+    content = (tmp_path / "run/posterior/nuts.nc").read_bytes()
+    (tmp_path / "run/posterior/nuts.nc").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    outcome = driver.run("run", "--out", tmp_path / "run", "--resume")
+    assert (outcome.status, outcome.writes) == (1, 0)
+    assert "posterior/nuts.nc: changed since the run wrote it" in outcome.err
+
+
 def test_a_run_moved_elsewhere_still_predicts(driver, straight, tiny, tmp_path):
     folder, _, _ = straight
     shutil.copytree(folder, tmp_path / "elsewhere")
