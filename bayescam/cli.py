@@ -97,6 +97,12 @@ def _add_run(commands: Any) -> None:
         "--on-bad", choices=("raise", "skip"), help="what to do with unreadable images (default: raise)"
     )
     parser.add_argument("--num-workers", type=int, help="images read side by side (default: one a core)")
+    parser.add_argument(
+        "--show-patients",
+        action="store_true",
+        default=None,
+        help="write patient ids into the run's files as they are, not as pseudonyms",
+    )
     parser.add_argument("--config", type=Path, help="a TOML file of settings, such as a run's config.toml")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -117,6 +123,7 @@ def _run(parsed: argparse.Namespace) -> int:
         "data.limit": parsed.limit,
         "data.on_bad": parsed.on_bad,
         "data.num_workers": parsed.num_workers,
+        "data.show_patients": parsed.show_patients,
     }
     if parsed.resume and parsed.overwrite:
         raise UsageError("--resume and --overwrite exclude each other: say one")

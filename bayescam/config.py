@@ -33,6 +33,7 @@ class DataConfig:
         num_workers: how many images are read side by side; 0 takes one a core.
         image_size: side of the square in pixels; absent: the network's own.
         valid, test: shares of the patients (an official split of the data wins).
+        show_patients: write patient ids into the run's files as they are, not as pseudonyms.
     """
 
     spec: str = "phantom"
@@ -44,6 +45,7 @@ class DataConfig:
     image_size: int | None = None
     valid: float = 0.15
     test: float = 0.2
+    show_patients: bool = False
 
 
 @dataclass(frozen=True)

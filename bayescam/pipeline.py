@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,7 +25,8 @@ from bayescam.backbone.training import TrainingSettings, train_backbone
 from bayescam.config import Config
 from bayescam.data.dataset import RadiographDataset, open_dataset
 from bayescam.data.pixels import Pixels
-from bayescam.data.split import assert_disjoint, split_by_patient
+from bayescam.data.pseudonyms import pseudonyms
+from bayescam.data.split import assert_disjoint, equal_across_parts, split_by_patient
 from bayescam.doctor import environment, resolve_device
 from bayescam.errors import BayescamError, UsageError
 from bayescam.posterior.laplace import Laplace, fit_laplace, load_laplace
@@ -94,6 +96,13 @@ class _Run:
     def split(self) -> np.ndarray:
         with (self.folder / "split.csv").open(encoding="utf-8", newline="") as stream:
             return np.array([row["split"] for row in csv.DictReader(stream)])
+
+    @cached_property
+    def patients(self) -> list[str]:
+        """Each image's patient as the run's files name it, "" where it is unknown."""
+        if not self.config.data.show_patients:
+            return pseudonyms(self.dataset)
+        return ["" if patient is None else printable(patient) for patient in self.dataset.patients]
 
     def rows(self, split: str) -> np.ndarray:
         return np.flatnonzero(self.split == split)
@@ -186,20 +195,30 @@ def _data(state: _Run) -> None:
         return
     with folder.stage("data", ["split.csv", "data.json", "environment.json"]):
         bad = state.dataset.unreadable(num_workers=config.data.num_workers)
-        skipped = [printable(str(error)) for error in bad]
         if bad and config.data.on_bad == "raise":
-            raise BayescamError(f"{len(bad)} unreadable images: {'; '.join(skipped)}; mend them or say --on-bad skip")
+            named = "; ".join(map(str, bad))
+            raise BayescamError(f"{len(bad)} unreadable images: {named}; mend them or say --on-bad skip")
+        skipped = [printable(f"{_relative(error.path, state.dataset.root)}: {error.reason}") for error in bad]
         _drop_unreadable(state, {error.path for error in bad})
         dataset = state.dataset
         split = split_by_patient(dataset, seed=config.seed, valid=config.data.valid, test=config.data.test)
         assert_disjoint(dataset, split)
-        write_csv(folder / "split.csv", ("obs_id", "path", "label", "patient", "split"), _split_rows(dataset, split))
+        equal = equal_across_parts(dataset, split)
+        if equal:
+            names = " = ".join(f"{dataset.obs_ids[i]} ({split[i]})" for i in equal[0])
+            _warn(
+                f"{len(equal)} images stand in several splits under different patients, first {names}; "
+                "results are too good by them: give equal images one patient, or drop the copies"
+            )
+        header = ("obs_id", "path", "label", "patient", "split")
+        write_csv(folder / "split.csv", header, _split_rows(dataset, state.patients, split))
         facts = {
             "name": printable(dataset.name),
             "licence": printable(dataset.licence, 2000),
             "shareable": dataset.shareable,
             "ignored": dict(dataset.ignored),
             "skipped": skipped,
+            "equal_across_splits": [[printable(dataset.obs_ids[i]) for i in group] for group in equal],
             "counts": {
                 part: {
                     printable(name): int(((split == part) & (dataset.labels == k)).sum())
@@ -238,23 +257,20 @@ def _fingerprint(dataset: RadiographDataset) -> dict[str, Any]:
     }
 
 
-def hashed_patient(dataset: RadiographDataset, patient: str | None) -> str:
-    """A patient's pseudonym: stable within a data set, not the id itself."""
-    if patient is None:
-        return ""
-    return hashlib.sha256(f"bayescam:{dataset.name}:{patient}".encode(errors="surrogateescape")).hexdigest()[:12]
+def _warn(words: str) -> None:
+    print(f"bayescam: warning: {printable(words, 2000)}", file=sys.stderr)
 
 
-def _split_rows(dataset: RadiographDataset, split: np.ndarray) -> list[tuple[str, ...]]:
+def _split_rows(dataset: RadiographDataset, patients: list[str], split: np.ndarray) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    for record, part in zip(dataset.records, split, strict=True):
+    for record, patient, part in zip(dataset.records, patients, split, strict=True):
         path = "" if record.path is None else _relative(record.path, dataset.root)
         rows.append(
             (
                 printable(record.obs_id),
                 printable(path),
                 printable(dataset.classes[record.label]),
-                hashed_patient(dataset, record.patient),
+                patient,
                 str(part),
             )
         )
@@ -441,10 +457,7 @@ def _predictions(state: _Run, part: Features, probabilities: dict[str, Tensor]) 
             "method": list(METHODS),
             "obs_id": [printable(name) for name in part.ids],
             "label": [printable(name) for name in state.dataset.classes],
-            "patient": (
-                ("obs_id",),
-                [hashed_patient(state.dataset, state.dataset.patients[i]) for i in state.rows("test")],
-            ),
+            "patient": (("obs_id",), [state.patients[i] for i in state.rows("test")]),
         },
         attrs={"entropy_unit": "nat", "split": "test"},
     )

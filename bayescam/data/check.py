@@ -31,6 +31,8 @@ class Checked:
         unfinished: PNG files that decode but end before their end mark.
         duplicates: images of equal pixels, in groups.
         duplicates_across_classes: those of them that stand under several labels.
+        duplicates_across_patients: those of them that stand under several patients: no split keeps them together.
+        duplicates_across_splits: those of them that stand in several official parts.
         several_labels: patients under more than one label.
         several_splits: patients, or contents where those are unknown, in more than one official part.
         ignored: files left out, and how many of each.
@@ -45,6 +47,8 @@ class Checked:
     unfinished: list[str]
     duplicates: list[list[str]]
     duplicates_across_classes: list[list[str]]
+    duplicates_across_patients: list[list[str]]
+    duplicates_across_splits: list[list[str]]
     several_labels: list[str]
     several_splits: list[str]
     ignored: dict[str, int]
@@ -69,6 +73,14 @@ class Checked:
         lines += _section(
             "groups of equal pixels under several labels", map(" = ".join, self.duplicates_across_classes)
         )
+        lines += _section(
+            "groups of equal pixels under several patients (a split may tear them apart: results would be too good)",
+            map(" = ".join, self.duplicates_across_patients),
+        )
+        lines += _section(
+            "groups of equal pixels in several official splits (results would be too good)",
+            map(" = ".join, self.duplicates_across_splits),
+        )
         lines += _section("patients under several labels (kept on one side of the split)", self.several_labels)
         lines += _section("patients in several official splits", self.several_splits)
         lines += [f"left out: {count} {what}" for what, count in self.ignored.items()]
@@ -91,6 +103,14 @@ def check_dataset(dataset: RadiographDataset, *, num_workers: int = 0, progress:
         if look.digest:
             equal[look.digest].append(record)
     groups = [group for group in equal.values() if len(group) > 1]
+
+    def across(field: str) -> list[list[str]]:
+        return [
+            [record.obs_id for record in group]
+            for group in groups
+            if len({getattr(record, field) for record in group} - {None}) > 1
+        ]
+
     labels, parts = defaultdict(set), defaultdict(set)
     for record, look in named:
         if record.patient is not None:
@@ -108,9 +128,9 @@ def check_dataset(dataset: RadiographDataset, *, num_workers: int = 0, progress:
         constant=[record.obs_id for record, look in named if look.constant],
         unfinished=[record.obs_id for record, look in named if look.unfinished],
         duplicates=[[record.obs_id for record in group] for group in groups],
-        duplicates_across_classes=[
-            [record.obs_id for record in group] for group in groups if len({record.label for record in group}) > 1
-        ],
+        duplicates_across_classes=across("label"),
+        duplicates_across_patients=across("patient"),
+        duplicates_across_splits=across("split"),
         several_labels=sorted(patient for patient, found in labels.items() if len(found) > 1),
         several_splits=sorted(who for who, found in parts.items() if len(found) > 1),
         ignored=dict(dataset.ignored),

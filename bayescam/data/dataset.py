@@ -169,14 +169,15 @@ class RadiographDataset:
         return replace(self, records=tuple(self.records[int(i)] for i in indices))
 
     @cached_property
-    def _keys(self) -> list[str]:
+    def keys(self) -> list[str]:
+        """A digest of each image's content, (N,): the same key, the same pixels."""
         return in_threads(self.source.key, self.records, 0, None)
 
     def groups(self) -> list[str]:
         """What must stay on one side of a split: the patient, else equal content; (N,)."""
         if all(record.patient is not None for record in self.records):
             return [str(record.patient) for record in self.records]
-        keys = self._keys
+        keys = self.keys
         return [
             f"content {key}" if record.patient is None else record.patient
             for record, key in zip(self.records, keys, strict=True)
@@ -209,7 +210,7 @@ class RadiographDataset:
             ImageError: the first unreadable image.
         """
         digest = hashlib.sha256(f"{_CACHE_VERSION} {size}".encode())
-        for key in self._keys:
+        for key in self.keys:
             digest.update(key.encode())
         folder = (cache_folder() if cache is None else cache) / "pixels" / digest.hexdigest()[:32]
         kept = load_pixels(folder, len(self), size)

@@ -60,6 +60,17 @@ def assert_disjoint(dataset: RadiographDataset, parts: np.ndarray) -> None:
             )
 
 
+def equal_across_parts(dataset: RadiographDataset, parts: np.ndarray) -> list[list[int]]:
+    """Images of equal content in different parts, in groups of indices: the same picture under several patients.
+
+    ``assert_disjoint`` lets them pass, since what is told of patients goes before; results are too good by them.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, key in enumerate(dataset.keys):
+        groups.setdefault(key, []).append(index)
+    return [group for group in groups.values() if len({str(parts[i]) for i in group}) > 1]
+
+
 def _uniform(seed: int, group: str) -> float:
     digest = hashlib.sha256(f"bayescam split {seed} {group}".encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

@@ -56,6 +56,7 @@ def contents(files: RunFiles) -> dict[str, Any]:
         "headline": HEADLINES[verdict],
         "words": files.comparison["words"],
         "data": files.data,
+        "equal": files.data.get("equal_across_splits", []),
         "class_counts": [
             (name, [files.data["counts"][part][name] for part in ("train", "valid", "test")]) for name in files.classes
         ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from bayescam.report.html import HEADLINES, metric_rows
 from bayescam.report.run_files import RunFiles
@@ -20,6 +21,7 @@ def write_model_card(run_folder: Path) -> Path:
     lines = [
         f"# Model card: {_plain(data['name'])}",
         "",
+        *_banners(data),
         "**Use.** Research on how sure a radiograph classifier is, and of where it looks.",
         "Not a medical device, not for clinical use.",
         "",
@@ -50,6 +52,22 @@ def write_model_card(run_folder: Path) -> Path:
     path = Path(run_folder) / "MODEL_CARD.md"
     write_text(path, "\n".join(lines))
     return path
+
+
+def _banners(data: dict[str, Any]) -> list[str]:
+    lines = []
+    if not data["shareable"]:
+        lines += [
+            "**Do not share the images.** Their licence forbids it; `report.html`, `figures/` and `cams.nc` hold them.",
+            "",
+        ]
+    if equal := data.get("equal_across_splits"):
+        lines += [
+            f"**Too good.** {len(equal)} images stand in several splits under different patients; so the numbers below"
+            " are too good.",
+            "",
+        ]
+    return lines
 
 
 def _plain(text: str) -> str:

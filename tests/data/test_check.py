@@ -52,7 +52,26 @@ def test_every_flaw_is_found(flawed):
     assert found.unfinished == ["cut.png"]
     assert found.duplicates == found.duplicates_across_classes == [["0.png", "copy.bmp"]]
     assert found.several_labels == found.several_splits == ["p0"]
+    assert found.duplicates_across_splits == [["0.png", "copy.bmp"]]
+    assert found.duplicates_across_patients == []
     assert found.sides == (14, 20)
+
+
+def test_equal_pixels_under_several_patients_are_told_of(tmp_path, capsys):
+    """A second file of another format under another name: no split by patient keeps the two together."""
+    rows = ["path,label,patient"]
+    for i, label in enumerate(("hand", "hand", "elbow", "elbow")):
+        _picture(tmp_path / f"{i}.png", i)
+        rows.append(f"{i}.png,{label},p{i}")
+    Image.open(tmp_path / "0.png").save(tmp_path / "copy.bmp")
+    (tmp_path / "manifest.csv").write_text("\n".join([*rows, "copy.bmp,hand,p9"]))
+    found = check_dataset(open_dataset(tmp_path), progress=False)
+    assert found.duplicates_across_patients == [["0.png", "copy.bmp"]]
+    assert found.duplicates_across_splits == found.duplicates_across_classes == []
+    assert main(["data", "check", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "1 groups of equal pixels under several patients" in said
+    assert "0.png = copy.bmp" in said
 
 
 def test_the_command_prints_it_and_fails_where_files_are_unreadable(flawed, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bayescam.data.dataset import Radiograph, RadiographDataset
-from bayescam.data.split import SplitError, assert_disjoint, split_by_patient
+from bayescam.data.split import SplitError, assert_disjoint, equal_across_parts, split_by_patient
 
 
 class _Source:
@@ -125,3 +125,12 @@ def test_mixed_groups_use_the_patient_where_it_is_known():
     dataset = _data(4, classes=2)
     records = (replace(dataset.records[0], patient=None), *dataset.records[1:])
     assert replace(dataset, records=records).groups() == ["content content0", "p0", "p1", "p1"]
+
+
+def test_equal_content_under_several_patients_is_found_where_it_crosses():
+    dataset = _data(6)
+    assert equal_across_parts(dataset, np.array(["train", "train", "valid", "valid", "test", "test"])) == []
+    twin = replace(dataset.records[5], study="content0")
+    dataset = replace(dataset, records=(*dataset.records[:5], twin))
+    assert equal_across_parts(dataset, np.array(["train"] * 4 + ["test"] * 2)) == [[0, 1, 5]]
+    assert equal_across_parts(dataset, np.array(["train"] * 6)) == []

@@ -1,4 +1,4 @@
-"""The leak canary: labels that say nothing of the image teach nothing, and patients that cross stop the run."""
+"""The leak canary: labels that say nothing teach nothing, patients that cross stop the run, no id leaks."""
 
 from __future__ import annotations
 
@@ -85,3 +85,72 @@ def test_the_same_image_in_two_parts_stops_the_run(driver, settings, canary, tmp
     assert outcome.status == 1
     assert "the content of twin.png is in both train and test" in outcome.err
     assert not (tmp_path / "run/backbone.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def mura(tmp_path_factory):
+    """A copy of MURA in small, with one image under two patients, on two sides of the official split."""
+    root, rng = tmp_path_factory.mktemp("secret-home") / "MURA-v1.1", np.random.default_rng(7)
+    for number in range(60):
+        for part, name in enumerate(("ELBOW", "HAND")):
+            split = "valid" if number >= 40 else "train"
+            folder = root / split / f"XR_{name}" / f"patient{100 * part + number:05d}" / "study1_negative"
+            folder.mkdir(parents=True)
+            picture = _texture(rng) // 2
+            picture[:, 20 * part : 20 * part + 20] += 120
+            Image.fromarray(picture).save(folder / "image1.png")
+    twin = root / "valid/XR_HAND/patient00140/study1_negative/image1.png"
+    twin.write_bytes((root / "train/XR_HAND/patient00100/study1_negative/image1.png").read_bytes())
+    return root
+
+
+@pytest.fixture(scope="module")
+def mura_run(driver, settings, mura, tmp_path_factory):
+    out = tmp_path_factory.mktemp("mura") / "run"
+    outcome = driver.run("run", "--config", settings("mura"), "--root", mura, "--out", out)
+    assert outcome.status == 0, outcome.err
+    return out, outcome
+
+
+def test_one_image_under_two_patients_in_two_splits_is_warned_of(mura_run):
+    out, outcome = mura_run
+    names = [
+        "train/XR_HAND/patient00100/study1_negative/image1.png",
+        "valid/XR_HAND/patient00140/study1_negative/image1.png",
+    ]
+    assert len(outcome.err.strip().splitlines()) == 1
+    assert "warning: 1 images stand in several splits under different patients" in outcome.err
+    assert names[0] in outcome.err
+    assert json.loads((out / "data.json").read_text())["equal_across_splits"] == [names]
+    assert names[1] in (out / "report.html").read_text()
+    assert "too good" in (out / "MODEL_CARD.md").read_text()
+
+
+def test_images_that_must_not_be_passed_on_put_a_banner_on_report_and_card(mura_run):
+    out, _ = mura_run
+    assert not json.loads((out / "data.json").read_text())["shareable"]
+    report, card = (out / "report.html").read_text(), (out / "MODEL_CARD.md").read_text()
+    assert '<p class="banner">The licence of these images (Stanford' in report
+    assert "Do not share" in report
+    assert card.splitlines()[2].startswith("**Do not share the images.**")
+
+
+def test_no_file_but_the_settings_tells_a_patient_or_where_the_data_lay(mura_run, mura):
+    """Relative paths, which in MURA hold the patient's number, stand as they are; ids do not."""
+    out, outcome = mura_run
+    with (out / "split.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert all(row["path"] == row["obs_id"] and row["path"].startswith(("train/XR_", "valid/XR_")) for row in rows)
+    assert len({row["patient"] for row in rows}) == 120
+    assert not any("patient" in row["patient"] for row in rows)
+    told = {path.name for path in out.rglob("*") if path.is_file() and b"secret-home" in path.read_bytes()}
+    assert told == {"config.toml"}
+    assert "secret-home" not in outcome.err + outcome.out
+
+
+def test_patients_are_named_where_that_is_asked_for(driver, settings, mura, tmp_path):
+    strike = {"write": 2, "when": "after", "action": "kill"}
+    flags = ("--root", mura, "--out", tmp_path / "run", "--show-patients")
+    assert driver.run("run", "--config", settings("mura"), *flags, **strike).status == -9
+    with (tmp_path / "run/split.csv").open(newline="") as stream:
+        assert {row["patient"] for row in csv.DictReader(stream)} >= {"patient00000", "patient00100"}
