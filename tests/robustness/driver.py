@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import shutil
@@ -21,6 +22,13 @@ from pathlib import Path
 from typing import Any
 
 CASE: dict[str, Any] = {}
+IMPORTED = (
+    "arviz h5netcdf matplotlib.figure matplotlib.backends.backend_agg contourpy PIL.PngImagePlugin tomli_w torchvision "
+    "bayescam.apply bayescam.cli bayescam.pipeline bayescam.data.folder bayescam.data.manifest bayescam.data.mura "
+    "bayescam.data.commands bayescam.diagnose.compare bayescam.diagnose.inference_data bayescam.explain.cam "
+    "bayescam.features_run bayescam.posterior.nuts bayescam.report.figures bayescam.report.html "
+    "bayescam.report.model_card"
+).split()
 WRITES = 0
 
 
@@ -154,15 +162,8 @@ def serve() -> None:
     from bayescam import storage
 
     storage.atomic_path = _watched(storage.atomic_path)
-    import arviz  # noqa: F401
-    import matplotlib.figure  # noqa: F401
-
-    import bayescam.apply
-    import bayescam.cli
-    import bayescam.pipeline
-    import bayescam.report.figures
-    import bayescam.report.html  # noqa: F401
-
+    for name in IMPORTED:
+        importlib.import_module(name)
     for line in sys.stdin:
         print(json.dumps(_serve(json.loads(line))), flush=True)
 

@@ -85,7 +85,7 @@ def test_killed_at_random_moments(driver, straight, tmp_path):
     folder, config, _ = straight
     out, cache, moments = tmp_path / "run", tmp_path / "cache", random.Random(0)
     for _ in range(6):
-        driver.run("run", "--config", config, "--out", out, "--resume", cache=cache, seconds=moments.uniform(0, 5))
+        driver.run("run", "--config", config, "--out", out, "--resume", cache=cache, seconds=moments.uniform(0, 3.5))
     outcome = driver.run("run", "--config", config, "--out", out, "--resume", cache=cache)
     assert outcome.status == 0, outcome.err
     _assert_same_end(out, folder, "killed at random moments")
