@@ -17,8 +17,8 @@ from bayescam.storage import sha256_of
 
 SETTINGS = """
 [data]
-image_size = 64
-phantom_images = 260
+image_size = 32
+phantom_images = 180
 [train]
 epochs = 2
 [nuts]
@@ -64,7 +64,7 @@ class TestPhantom:
             assert all(np.isfinite(row[key]) for key in ("nll", "ece", "brier"))
         with (tiny_run / "split.csv").open() as stream:
             rows = list(csv.DictReader(stream))
-        assert len(rows) == 260
+        assert len(rows) == 180
         assert metrics["num_test"] == sum(row["split"] == "test" for row in rows)
         assert json.loads((tiny_run / "comparison.json").read_text())["verdict"] in (
             "laplace",
@@ -144,7 +144,7 @@ def _folder(root: Path, per_class: int = 30) -> Path:
     return root
 
 
-FOLDER_SETTINGS = SETTINGS.replace("image_size = 64\nphantom_images = 260", "image_size = 32")
+FOLDER_SETTINGS = SETTINGS.replace("phantom_images = 180\n", "")
 
 
 @pytest.mark.slow
@@ -179,8 +179,8 @@ def test_data_that_cannot_be_learned_from_is_refused_with_the_way_out(tmp_path, 
 
 @pytest.mark.slow
 def test_real_radiographs(mednist_dev, tmp_path):
-    config = _config(tmp_path, FOLDER_SETTINGS)
-    command = ["run", "--data", str(mednist_dev), "--limit", "600", "--config", str(config)]
+    config = _config(tmp_path, FOLDER_SETTINGS.replace("epochs = 2", "epochs = 5"))
+    command = ["run", "--data", str(mednist_dev), "--limit", "300", "--config", str(config)]
     assert main([*command, "--out", str(tmp_path / "r")]) == 0
     metrics = json.loads((tmp_path / "r/metrics.json").read_text())
     assert len(metrics["classes"]) == 6
