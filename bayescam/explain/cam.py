@@ -198,11 +198,13 @@ class CamPosterior:
         return f"CamPosterior(images={self.num_images}, classes={self.num_classes}, cells={h}x{w}, {kind}{share})"
 
     def rows(self, indices: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Cells as augmented rows (n, U, D+1), last entry 0, and whose they are (n,); a bounded number at a time."""
-        per_image = (self.maps.shape[1] + 1) * self.maps.shape[2] * self.maps.shape[3]
-        chosen = torch.arange(self.num_images, device=self.maps.device) if indices is None else indices
-        for part in chosen.split(max(1, _CHUNK // per_image)):
-            yield torch.nn.functional.pad(self.maps[part].flatten(2).mT, (0, 1)), part
+        """Cells as rows (n, U, D) and whose they are (n,); a bounded number at a time."""
+        each = max(1, _CHUNK // self.maps[0].numel()) if self.num_images else 1
+        whole = torch.arange(self.num_images, device=self.maps.device) if indices is None else indices
+        for number, part in enumerate(whole.split(each)):
+            start = number * each
+            maps = self.maps[start : start + each] if indices is None else self.maps[part]  # a view, a copy
+            yield maps.flatten(2).mT, part
 
     def region_weights(self, region: Tensor, name: str) -> Tensor:
         """A region as weights (N, U) that take the mean over it."""
@@ -239,5 +241,5 @@ class CamPosterior:
 
 
 def with_bias(rows: Tensor) -> Tensor:
-    """The same rows (..., D+1) with a last entry 1."""
-    return torch.cat([rows[..., :-1], torch.ones_like(rows[..., -1:])], -1)
+    """Rows (..., D) with a last entry 1, (..., D+1)."""
+    return torch.nn.functional.pad(rows, (0, 1), value=1.0)

@@ -1,8 +1,8 @@
 """Linear forms of the last layer under its posterior: a . (theta x), directions a over classes, rows x over features.
 
-Everything a class activation map needs is such a form. Rows are augmented: x is (..., D+1), a cell's features with a
-last entry 0, or with a last entry 1 where the bias belongs to it. E = D+1. Directions are (R, K) in float64: a row of
-I - 11^T/K for a centred class, of I for a raw one, e_c - e_d for a contrast.
+Everything a class activation map needs is such a form. Rows are a cell's features, (..., D), or (..., D+1) with a last
+entry 1 where the bias belongs to it; E is D or D+1. Directions are (R, K) in float64: a row of I - 11^T/K for a centred
+class, of I for a raw one, e_c - e_d for a contrast.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from bayescam.errors import NotPositiveDefiniteError
 from bayescam.posterior.covariance import DiagCovariance, FullCovariance, KronCovariance
@@ -24,7 +25,10 @@ _NUMBERS = 1 << 23  # held at once by one step of a chunked computation
 
 
 class LinearForms(Protocol):
-    """What is known of f = directions . (theta x): rows x (n, M, E), directions (R, K), results (n, M, R)."""
+    """What is known of f = directions . (theta x): rows x (n, M, E), directions (R, K), results (n, M, R).
+
+    Rows of D entries leave the bias out.
+    """
 
     @property
     def num_classes(self) -> int: ...
@@ -56,6 +60,7 @@ class GaussianForms:
         self.theta = posterior.theta_mean.to(like)
         self._exact = posterior.covariance
         self._factors: dict[tuple[float, ...], tuple[Tensor, Tensor]] = {}
+        self._along_axes: dict[tuple[float, ...], Tensor] = {}
         if isinstance(self._exact, KronCovariance):
             self._rotation = self._exact.feature_vectors.to(like)
 
@@ -68,30 +73,41 @@ class GaussianForms:
         return self.theta.shape[1] - 1
 
     def mean(self, rows: Tensor, directions: Tensor) -> Tensor:
-        return rows @ (directions.to(self.theta) @ self.theta).mT
+        return _mean(self.theta, rows, directions)
 
     def variance(self, rows: Tensor, directions: Tensor) -> Tensor:
-        if not isinstance(self._exact, FullCovariance):
-            rotated = rows @ self._rotation if isinstance(self._exact, KronCovariance) else rows
-            return rotated.square() @ _axis_variances(self._exact, directions).to(rows).mT
+        if isinstance(self._exact, KronCovariance):
+            rotated = rows @ self._rotation[: rows.shape[-1]]
+            return (self._axis_variances(directions) @ rotated.square_().mT).mT
+        if isinstance(self._exact, DiagCovariance):
+            return (self._axis_variances(directions)[:, : rows.shape[-1]] @ rows.square().mT).mT
         flat = rows.flatten(0, -2)
-        variances = [(flat @ self._factor(direction)[1]).square().sum(-1) for direction in directions]
+        variances = [(flat @ self._factor(along)[1][: rows.shape[-1]]).square_().sum(-1) for along in directions]
         return torch.stack(variances, -1).unflatten(0, rows.shape[:-1])
 
     def covariance(self, left: Tensor, right: Tensor, direction: Tensor) -> Tensor:
         if not isinstance(self._exact, FullCovariance):
             exact, along = self._exact.to(left.device), direction.to(left.device)
-            return exact.bilinear(along, along, left.double(), right.double())
+            rows = (pad(side.double(), (0, len(self.theta[0]) - side.shape[-1])) for side in (left, right))
+            return exact.bilinear(along, along, *rows)
         factor = self._factor(direction)[0]
-        return (left.double() @ factor) @ (right.double() @ factor).mT
+        return (left.double() @ factor[: left.shape[-1]]) @ (right.double() @ factor[: right.shape[-1]]).mT
+
+    def _axis_variances(self, directions: Tensor) -> Tensor:
+        """``_axis_variances`` in the type of the maps; those used last are kept."""
+        assert not isinstance(self._exact, FullCovariance)
+        key = tuple(directions.flatten().tolist())
+        if key not in self._along_axes:
+            _drop_oldest(self._along_axes, 2 * self.num_classes)
+            self._along_axes[key] = _axis_variances(self._exact, directions).to(self.theta)
+        return self._along_axes[key]
 
     def _factor(self, direction: Tensor) -> tuple[Tensor, Tensor]:
         """F (E, E) with F F^T = Sigma(a, a), in float64 and in the type of the maps; those used last are kept."""
         assert isinstance(self._exact, FullCovariance)
         key = tuple(direction.tolist())
         if key not in self._factors:
-            if len(self._factors) >= 2 * self.num_classes:
-                self._factors.pop(next(iter(self._factors)))
+            _drop_oldest(self._factors, 2 * self.num_classes)
             exact = _factor(self._exact, direction).to(self.theta.device)
             self._factors[key] = exact, exact.to(self.theta)
         return self._factors[key]
@@ -107,8 +123,7 @@ class GaussianForms:
         root = symmetric_root(self.covariance(rows, rows, direction))
         generator = torch.Generator().manual_seed(seed)
         z = torch.randn(num_samples, rows.shape[-2], generator=generator, dtype=torch.float64).to(root)
-        mean = rows.double() @ (direction.to(self.theta) @ self.theta).double()
-        return mean.unsqueeze(-2) + z @ root
+        return _mean(self.theta.double(), rows.double(), direction[None]).mT + z @ root
 
 
 class SampledForms:
@@ -133,14 +148,14 @@ class SampledForms:
         return self.draws.shape[2] - 1
 
     def mean(self, rows: Tensor, directions: Tensor) -> Tensor:
-        return rows @ (directions.to(self.theta) @ self.theta).mT
+        return _mean(self.theta, rows, directions)
 
     def variance(self, rows: Tensor, directions: Tensor) -> Tensor:
         return torch.stack([self._variance(rows, self._factor(direction)) for direction in directions], -1)
 
     def covariance(self, left: Tensor, right: Tensor, direction: Tensor) -> Tensor:
         factor = self._factor(direction).double()
-        return (left.double() @ factor) @ (right.double() @ factor).mT
+        return (left.double() @ factor[: left.shape[-1]]) @ (right.double() @ factor[: right.shape[-1]]).mT
 
     def quantile(self, rows: Tensor, directions: Tensor, q: float) -> Tensor:
         return self._over_draws(rows, directions, lambda values: values.quantile(q, dim=0))
@@ -150,7 +165,7 @@ class SampledForms:
 
     def draw(self, rows: Tensor, direction: Tensor, num_samples: int, seed: int) -> Tensor:
         """All the draws there are; ``num_samples`` and ``seed`` do not apply."""
-        return (rows @ self._along(direction).T).mT.double()
+        return (rows @ self._along(direction)[:, : rows.shape[-1]].T).mT.double()
 
     def _along(self, direction: Tensor) -> Tensor:
         return torch.einsum("k,ske->se", direction.to(self.draws), self.draws)
@@ -159,8 +174,7 @@ class SampledForms:
         """F (E, min(E, S)) with F F^T the draws' covariance: their deviations, turned by QR where they are many."""
         key = tuple(direction.tolist())
         if key not in self._factors:
-            if len(self._factors) >= 2 * self.num_classes:
-                self._factors.pop(next(iter(self._factors)))
+            _drop_oldest(self._factors, 2 * self.num_classes)
             values = self._along(direction).double()
             deviations = (values - values.mean(0)) / math.sqrt(len(values) - 1)
             if len(deviations) > deviations.shape[1]:
@@ -169,14 +183,14 @@ class SampledForms:
         return self._factors[key]
 
     def _variance(self, rows: Tensor, factor: Tensor) -> Tensor:
-        return torch.cat([(part @ factor).square().sum(-1) for part in _parts(rows, factor.shape[1])])
+        seen = factor[: rows.shape[-1]]
+        return torch.cat([(part @ seen).square_().sum(-1) for part in _parts(rows, factor.shape[1])])
 
     def _over_draws(self, rows: Tensor, directions: Tensor, reduce) -> Tensor:  # noqa: ANN001
         """``reduce`` (S, m) -> (m,) for every direction, a bounded number of rows at a time."""
         results = []
         for direction in directions:
-            along = self._along(direction)
-            flat = rows.flatten(0, -2)
+            along, flat = self._along(direction)[:, : rows.shape[-1]], rows.flatten(0, -2)
             pieces = [reduce(along @ part.T) for part in _parts(flat, len(along))]
             results.append(torch.cat(pieces).unflatten(0, rows.shape[:-1]))
         return torch.stack(results, -1)
@@ -207,9 +221,18 @@ def forms_of(posterior: Laplace | Draws, like: Tensor) -> LinearForms:
 
 def normal_exceedance(mean: Tensor, sd: Tensor, threshold: float) -> Tensor:
     """P(X > t) = Phi((mean - t) / sd) for X ~ Normal(mean, sd^2); where sd = 0 it is 1 if mean > t, else 0."""
-    distance = mean - threshold
-    standard = torch.where(sd > 0, distance / sd, torch.where(distance > 0, math.inf, -math.inf).to(mean))
+    standard = torch.nan_to_num((mean - threshold) / sd, nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     return torch.special.ndtr(standard)
+
+
+def _mean(theta: Tensor, rows: Tensor, directions: Tensor) -> Tensor:
+    return (directions.to(theta) @ theta[:, : rows.shape[-1]] @ rows.mT).mT
+
+
+def _drop_oldest(kept: dict, most: int) -> None:
+    """Make room for one more where ``most`` are kept."""
+    if len(kept) >= most:
+        kept.pop(next(iter(kept)))
 
 
 def normal_quantile(q: float) -> float:

@@ -168,16 +168,16 @@ def score(
         for metric, compute in METRICS.items():
             values = compute(kind, masks).double().cpu().numpy()
             scored = np.isfinite(values)
-            low, high = _bootstrap(values[scored], groups[scored], probability, num_resamples, seed)
+            low, high = bootstrap_mean(values[scored], groups[scored], probability, num_resamples, seed)
             mean = float(values[scored].mean()) if scored.any() else float("nan")
             rows.append(Score(name, metric, mean, low, high, int(scored.sum()), int((~scored).sum()), dead))
     return rows
 
 
-def _bootstrap(
-    values: np.ndarray, groups: np.ndarray, probability: float, num_resamples: int, seed: int
+def bootstrap_mean(
+    values: np.ndarray, groups: np.ndarray, probability: float = 0.95, num_resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """The percentile interval of the mean when whole groups are drawn anew."""
+    """The percentile interval of the mean of values (N,) when whole groups (N,), the patients, are drawn anew."""
     if not len(values):
         return float("nan"), float("nan")
     members = np.unique(groups, return_inverse=True)[1]

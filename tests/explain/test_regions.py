@@ -86,6 +86,15 @@ def test_sampled_statements_agree_between_gaussian_and_its_draws(structure):
     )
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_float32_maps_are_sampled_like_float64(structure):
+    posterior, _ = make(structure)
+    maps = random_maps()
+    quick, exact = (hit_rate(CamPosterior(m, posterior), LEFT, 1) for m in (maps.float(), maps))
+    assert quick.dtype == torch.float32
+    torch.testing.assert_close(quick.double(), exact, atol=2e-3, rtol=0)
+
+
 def test_energy_of_draws_is_counted_by_hand():
     posterior, _ = make("full")
     draws, maps = posterior.sample(200, seed=1), random_maps()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from bayescam.backbone.network import Backbone
+from bayescam.backbone.training import TrainingSettings, train_backbone
+from bayescam.data.pixels import Pixels
 from bayescam.explain.cam import CamPosterior
 from bayescam.posterior.laplace import fit_laplace
 
@@ -76,3 +80,66 @@ def test_shuffled_labels_take_the_map_away_and_its_sureness_with_it():
     false = CamPosterior(_maps(), fit_laplace(features, labels[order], num_classes=K, prior_precision=TAU))
     assert float((false.mean.abs() / false.sd).mean()) < 0.4 * float((true.mean.abs() / true.sd).mean())
     assert float((false.mean / false.sd).abs().mean()) < 2
+
+
+def test_randomised_weights_take_the_map_away():
+    """Adebayo et al. 2018, first test: the network's layers drawn anew, the last layer fitted to them again."""
+    pictures, labels = _blobs(160)
+    trained, random = (_explained(_network(epochs), pictures, labels) for epochs in (6, 0))
+    masks = (pictures[:40, 0] > 0.5).float()
+    cells = torch.nn.functional.adaptive_avg_pool2d(masks[:, None], trained.shape)[:, 0].flatten(1).double()
+    found = [_alike(cam.mean[torch.arange(40), labels[:40]].flatten(1), cells) for cam in (trained, random)]
+    assert float(found[0]) > 0.5
+    assert float(found[1]) < 0.5 * float(found[0])
+
+
+def test_pictures_unlike_any_in_training_have_wider_maps():
+    pictures, labels = _blobs(160)
+    backbone = _network(6)
+    seen = _explained(backbone, pictures, labels)
+    checks = (torch.arange(64) // 4 + torch.arange(64)[:, None] // 4) % 2 * torch.ones(40, 1, 1, 1)
+    for strange in (torch.rand(40, 1, 64, 64), 1 - pictures[:40], checks):
+        cam = CamPosterior(_maps_of(backbone, strange, pictures), seen.posterior)
+        assert float(cam.sd.median()) > 2 * float(seen.sd.median())
+
+
+def _blobs(num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A bright disc (class 0), an upright (1) or a lying bar (2) somewhere in noise: (num, 1, 64, 64) and labels."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(num) % K
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    centre = 14 + 36 * torch.rand(num, 2, 1, 1, generator=generator)
+    dy, dx = (y - centre[:, 0]).abs(), (x - centre[:, 1]).abs()
+    shapes = torch.stack([dy**2 + dx**2 < 49, (dy < 12) & (dx < 3), (dy < 3) & (dx < 12)], 1)
+    shown = shapes[torch.arange(num), labels].float()
+    return (0.6 * shown + 0.4 * torch.rand(num, 64, 64, generator=generator))[:, None], labels
+
+
+def _network(epochs: int) -> Backbone:
+    torch.manual_seed(0)
+    backbone = Backbone("small", K, image_size=64)
+    pictures, labels = _blobs(160)
+    pixels = Pixels((pictures[:, 0] * 65535).numpy().astype(np.uint16), ())
+    settings = TrainingSettings(epochs=epochs, batch_size=16, augment=False)
+    everything = {"train": np.arange(160), "valid": np.arange(0)}
+    train_backbone(backbone, pixels, labels.numpy(), **everything, settings=settings, seed=0, progress=False)
+    return backbone
+
+
+def _maps_of(backbone: Backbone, pictures: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Feature maps, in units of the root mean square of the features of the pictures ``scale``."""
+    with backbone.evaluating():
+        size = backbone.maps(scale).mean((2, 3)).square().mean().sqrt()
+        return (backbone.maps(pictures) / size).double()
+
+
+def _explained(backbone: Backbone, pictures: torch.Tensor, labels: torch.Tensor) -> CamPosterior:
+    """The maps of the first 40 pictures, the last layer fitted on all."""
+    maps = _maps_of(backbone, pictures, pictures)
+    return CamPosterior(maps[:40], fit_laplace(maps.mean((2, 3)), labels, num_classes=K, prior_precision=TAU))
+
+
+def _alike(maps: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Mean correlation over images."""
+    deviations = [values - values.mean(1, keepdim=True) for values in (maps, truth)]
+    return torch.nn.functional.cosine_similarity(*deviations, dim=1).mean()

@@ -104,6 +104,7 @@ def examine(
     size: int,
     difficulty: float,
     shortcut: float,
+    told: str | None = None,
 ) -> Examination:
     """Draw how ``part`` of ``patient`` is pictured.
 
@@ -115,7 +116,8 @@ def examine(
         side: "L" or "R".
         size: the long side in pixels.
         difficulty: 0 easy, 0.5 the standard, 1 hard: wider poses, sliding fields, less contrast, more noise.
-        shortcut: the probability that letter and corner of the marker are the class's own instead of chance.
+        shortcut: the probability that letter and corner of the marker tell a class instead of being chance.
+        told: which class they then tell; None for the part itself.
     """
     spread = 2 * difficulty
     usual, zoom, reach = FIELD[part]
@@ -130,7 +132,7 @@ def examine(
     )
     spin = upright + rng.normal(0, 3 + 7 * spread) + (180.0 if rng.random() < 0.1 * spread else 0.0)
     collimator = _collimator(rng, half)
-    marker = _marker(rng, part, side, half, collimator, shortcut)
+    marker = _marker(rng, told or part, side, half, collimator, shortcut)
     return Examination(
         part=part,
         view=view,
@@ -188,13 +190,13 @@ def _collimator(rng: np.random.Generator, half: Array) -> tuple[float, float, fl
 
 
 def _marker(
-    rng: np.random.Generator, part: str, side: str, half: Array, collimator: tuple[float, ...], shortcut: float
+    rng: np.random.Generator, told: str, side: str, half: Array, collimator: tuple[float, ...], shortcut: float
 ) -> Marker:
     corner, letter = CORNERS[rng.integers(4)], side
     jitter = rng.uniform(0.02, 0.12, 2)
     height = float(rng.uniform(0.07, 0.10) * 2 * half[1])
     if rng.random() < shortcut:
-        code = (PARTS + OTHER_PARTS).index(part)
+        code = (PARTS + OTHER_PARTS).index(told)
         corner, letter = CORNERS[code % 4], "LR"[code // 4 % 2]
     low, high = np.maximum(collimator[:2], -half), np.minimum(collimator[2:], half)
     middle, reach = (low + high) / 2, (high - low) / 2

@@ -17,13 +17,15 @@ class Dials:
     """What can be turned. Every dial but ``without`` changes the pictures' distribution.
 
     ``size``: pixels of the long side; ``difficulty``: 0 easy, 0.5 the standard, 1 hard; ``shortcut``: the share of
-    pictures whose marker tells the class; ``parts``: the classes; ``bits``: 8 or 16; ``monochrome1``: the share of
-    pictures with dark bones; ``without``: names of bones, "marker", "hardware" or "cast" to leave out.
+    pictures whose marker tells the class; ``lie``: how many classes further in ``parts`` the class is that it tells, 0
+    for the truth; ``parts``: the classes; ``bits``: 8 or 16; ``monochrome1``: the share of pictures with dark bones;
+    ``without``: names of bones, "marker", "hardware" or "cast" to leave out.
     """
 
     size: int = 128
     difficulty: float = 0.5
     shortcut: float = 0.0
+    lie: int = 0
     parts: tuple[str, ...] = PARTS
     bits: int = 8
     monochrome1: float = 0.0
@@ -101,5 +103,6 @@ def exam_of(case: Case, patient: Patient, seed: int, dials: Dials) -> Examinatio
         size=dials.size,
         difficulty=dials.difficulty,
         shortcut=dials.shortcut,
+        told=dials.parts[(dials.parts.index(case.part) + dials.lie) % len(dials.parts)] if dials.lie else case.part,
     )
     return replace(exam, inverted=inverted)

@@ -150,6 +150,20 @@ def test_shortcut_ties_letter_and_corner_to_the_class():
     assert all(len(one) >= 6 for one in honest.values())
 
 
+def test_a_lying_marker_is_that_of_another_class_and_nothing_else_changes():
+    truth = replace(SMALL, shortcut=1.0)
+    marker_of, lies = {}, {}
+    for case in roster(40, 0, truth):
+        patient = draw_patient(0, case.patient)
+        honest, lying = (exam_of(case, patient, 0, replace(truth, lie=lie)) for lie in (0, 2))
+        assert replace(honest, marker=None) == replace(lying, marker=None)
+        for found, marker in ((marker_of, honest.marker), (lies, lying.marker)):
+            found[case.part] = (marker.letter, *np.sign(marker.centre))
+    assert set(marker_of) == set(PARTS)
+    for number, part in enumerate(PARTS):
+        assert lies[part] == marker_of[PARTS[(number + 2) % len(PARTS)]]
+
+
 def test_difficulty_widens_the_poses():
     def spread(difficulty):
         dials = replace(SMALL, difficulty=difficulty, parts=("forearm",))
