@@ -56,7 +56,7 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Coverage:
-    """Of one posterior, set by set: shares (R, 3) of cells in the bands, squared error of the means and variance (R,)."""
+    """Of one posterior, set by set: share of cells in each band (R, 3), squared error of the means, variance (R,)."""
 
     shares: np.ndarray
     error: np.ndarray
