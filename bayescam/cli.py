@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bayescam import __version__
-from bayescam.errors import BayescamError, UsageError
+from bayescam.errors import BayescamError, RankError, UsageError
 from bayescam.storage import printable
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except RankError as error:
+        return FAILED if error.told else _say_and(FAILED, parsed, str(error))
     except (BayescamError, OSError) as error:
         return _say_and(FAILED, parsed, str(error))
     except ValueError as error:
@@ -130,7 +132,9 @@ def _run(parsed: argparse.Namespace) -> int:
     if parsed.resume and parsed.out is None:
         raise UsageError("--resume needs --out: name the folder of the interrupted run")
     out = parsed.out or default_out(parsed.data or "phantom")
-    print(run(out, parsed.config, overrides, resume=parsed.resume, overwrite=parsed.overwrite))
+    said = run(out, parsed.config, overrides, resume=parsed.resume, overwrite=parsed.overwrite)
+    if said:
+        print(said)
     return DONE
 
 

@@ -21,3 +21,15 @@ class ConvergenceError(BayescamError, ArithmeticError):
 
 class FileFormatError(BayescamError, ValueError):
     """A file is absent, broken, foreign or of another kind; the message names it."""
+
+
+class RankError(BayescamError, RuntimeError):
+    """Another rank of a process group died, failed or disagrees.
+
+    Args:
+        told: whether another rank has already said why.
+    """
+
+    def __init__(self, message: str, *, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told

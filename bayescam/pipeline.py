@@ -8,11 +8,12 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,19 +23,23 @@ from tqdm import tqdm
 from bayescam import __version__
 from bayescam.backbone.network import Backbone, Features, check_name
 from bayescam.backbone.training import TrainingSettings, train_backbone
-from bayescam.config import Config
+from bayescam.config import Config, read_config
 from bayescam.data.dataset import RadiographDataset, open_dataset
 from bayescam.data.pixels import Pixels
 from bayescam.data.pseudonyms import pseudonyms
 from bayescam.data.split import assert_disjoint, equal_across_parts, split_by_patient
 from bayescam.doctor import environment, resolve_device
 from bayescam.errors import BayescamError, UsageError
+from bayescam.parallel import after_first, from_first, joined, rank, rows_on_first, share
 from bayescam.posterior.laplace import Laplace, fit_laplace, load_laplace
 from bayescam.posterior.nuts import Nuts
 from bayescam.posterior.predictive import predict_proba
 from bayescam.posterior.temperature import fit_temperature
 from bayescam.runfolder import AlreadyComplete, RunFolder, opened, sealed
 from bayescam.storage import load_netcdf, load_tensors, printable, read_json, save_tensors, write_csv, write_text
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 GAUSSIANS = {
     "laplace_diag": "posterior/laplace_diag.safetensors",
@@ -62,27 +67,63 @@ def run(
 ) -> str:
     """All stages from radiographs to report in the folder ``out``; returns what to tell the user.
 
+    Under ``torchrun`` every rank calls this: rank 0 leads and alone writes, the others work beside it through the heavy
+    stages and read what it wrote, so the folder must be on a disk that all of them see; they return "".
+
     Raises:
         UsageError: a setting or the folder is not usable; nothing was begun.
         BayescamError: a stage cannot be done; what was finished stays and ``resume`` goes on from it.
     """
-    try:
-        with opened(out, config_file, overrides or {}, resume=resume, overwrite=overwrite) as (folder, config):
-            state = _Run(folder, config)
-            for stage in (_data, _train, _features, _laplace, _nuts, _predict, _compare, _cams, _arviz, _pictures):
-                stage(state)
-            folder.complete({"bayescam": __version__, "seed": config.seed, "preset": config.preset})
-            return _farewell(out)
-    except AlreadyComplete:
-        return f"{out}: this run is complete; nothing to do"
+    with joined() as group:
+        if rank(group) > 0:
+            _follow(group)
+            return ""
+        try:
+            with opened(out, config_file, overrides or {}, resume=resume, overwrite=overwrite) as (folder, config):
+                from_first(str(out.absolute()), group)
+                state = _Run(folder, config, group)
+                for stage in SHARED:
+                    stage(state)
+                state.group = None
+                for stage in (_predict, _compare, _cams, _arviz, _pictures):
+                    stage(state)
+                folder.complete({"bayescam": __version__, "seed": config.seed, "preset": config.preset})
+                return _farewell(out)
+        except AlreadyComplete:
+            from_first(None, group)
+            return f"{out}: this run is complete; nothing to do"
+
+
+def _follow(group: ProcessGroup | None) -> None:
+    """What every rank but the first does of a run."""
+    out = from_first(None, group)
+    if out is not None:
+        state = _Run(RunFolder(Path(out)), read_config(Path(out) / "config.toml", {}), group)
+        for stage in SHARED:
+            stage(state)
 
 
 @dataclass
 class _Run:
-    """What the stages share: the folder, the settings, and the inputs that are not files of the run."""
+    """What the stages share: the folder, the settings, the ranks, and the inputs that are not files of the run."""
 
     folder: RunFolder
     config: Config
+    group: ProcessGroup | None
+    dropped: list[int] = field(default_factory=list)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes."""
+        return rank(self.group) == 0
+
+    def done(self, stage: str) -> bool:
+        """Whether the stage's files are all there: rank 0 looks, and the others go by its word."""
+        return bool(from_first(self.leads and self.folder.done(stage), self.group))
+
+    def stage(self, name: str, files: Sequence[str]) -> AbstractContextManager[None]:
+        """``RunFolder.stage`` on rank 0, nothing on the others."""
+        return self.folder.stage(name, files) if self.leads else nullcontext()
 
     @cached_property
     def device(self) -> str:
@@ -130,7 +171,8 @@ class _Run:
 
     @cached_property
     def pixels(self) -> Pixels:
-        return self.dataset.pixels(self.image_size, num_workers=self.config.data.num_workers)
+        size, workers = self.image_size, self.config.data.num_workers
+        return after_first(lambda: self.dataset.pixels(size, num_workers=workers, progress=self.leads), self.group)
 
     @cached_property
     def features(self) -> Features:
@@ -139,6 +181,11 @@ class _Run:
 
     def part(self, split: str) -> Features:
         return self.features.select(self.rows(split))
+
+    def own_training(self) -> Features:
+        """This rank's share of the training split."""
+        rows = self.rows("train")
+        return self.features.select(rows[share(len(rows), self.group)])
 
     @cached_property
     def gaussians(self) -> dict[str, Laplace]:
@@ -180,6 +227,21 @@ def check_device_and_name(config: Config) -> None:
 
 
 def _data(state: _Run) -> None:
+    """The same images on every rank: the first reads, checks and splits, the others leave out what it left out."""
+    if state.leads:
+        _read_and_split(state)
+    found = from_first({"dropped": state.dropped, **_fingerprint(state.dataset)} if state.leads else None, state.group)
+    if not state.leads:
+        _drop(state, found.pop("dropped"))
+        for field, value in _fingerprint(state.dataset).items():
+            if found[field] != value:
+                raise BayescamError(
+                    f"rank {rank(state.group)}: data.{field} is {value!r}, and {found[field]!r} on rank 0; "
+                    "let every rank see the same data"
+                )
+
+
+def _read_and_split(state: _Run) -> None:
     """Read, check and split; ``split.csv``, ``data.json``, ``environment.json``."""
     config, folder = state.config, state.folder
     check_device_and_name(config)
@@ -234,8 +296,13 @@ def _data(state: _Run) -> None:
 
 def _drop_unreadable(state: _Run, paths: set[Any]) -> None:
     if paths:
-        keep = [i for i, record in enumerate(state.dataset.records) if record.path not in paths]
-        state.dataset = state.dataset.select(keep)
+        _drop(state, [i for i, record in enumerate(state.dataset.records) if record.path in paths])
+
+
+def _drop(state: _Run, indices: Sequence[int]) -> None:
+    state.dropped = list(indices)
+    if indices:
+        state.dataset = state.dataset.select(np.delete(np.arange(len(state.dataset)), indices))
 
 
 def _drop_unreadable_again(state: _Run) -> None:
@@ -286,10 +353,10 @@ def _relative(path: Path, root: Path | None) -> str:
 def _train(state: _Run) -> None:
     """Train the network and freeze it; ``backbone.safetensors``, ``history.csv``."""
     folder, config = state.folder, state.config
-    if folder.done("train"):
+    if state.done("train"):
         return
-    with folder.stage("train", ["backbone.safetensors", "history.csv"]):
-        backbone = state.new_backbone().to(state.device)
+    with state.stage("train", ["backbone.safetensors", "history.csv"]):
+        backbone = after_first(state.new_backbone, state.group).to(state.device)
         history = train_backbone(
             backbone,
             state.pixels,
@@ -299,45 +366,51 @@ def _train(state: _Run) -> None:
             settings=TrainingSettings(**asdict(config.train)),
             seed=config.seed,
             checkpoint=folder.scratch / "training.safetensors",
+            progress=state.leads,
+            group=state.group,
         )
-        backbone.save(folder / "backbone.safetensors", classes=state.dataset.classes)
-        rows = [tuple(asdict(epoch).values()) for epoch in history]
-        write_csv(folder / "history.csv", tuple(asdict(history[0])), rows)
+        if state.leads:
+            backbone.save(folder / "backbone.safetensors", classes=state.dataset.classes)
+            rows = [tuple(asdict(epoch).values()) for epoch in history]
+            write_csv(folder / "history.csv", tuple(asdict(history[0])), rows)
 
 
 def _features(state: _Run) -> None:
     """Features of every image, in the data's order; ``features.safetensors``."""
-    folder = state.folder
-    if folder.done("features"):
+    dataset, group = state.dataset, state.group
+    if state.done("features"):
         return
-    with folder.stage("features", ["features.safetensors"]):
-        features = state.backbone.extract(state.dataset, pixels=state.pixels)
-        save_tensors(
-            folder / "features.safetensors",
-            {"features": features.features, "labels": features.labels},
-            {"kind": "features", "ids": [printable(name) for name in features.ids]},
-        )
+    with state.stage("features", ["features.safetensors"]):
+        own = np.arange(len(dataset))[share(len(dataset), group)]
+        found = state.backbone.extract(dataset, pixels=state.pixels, indices=own, progress=state.leads)
+        features = rows_on_first(found.features, len(dataset), group)
+        if features is not None:
+            save_tensors(
+                state.folder / "features.safetensors",
+                {"features": features, "labels": torch.as_tensor(dataset.labels)},
+                {"kind": "features", "ids": [printable(name) for name in dataset.obs_ids]},
+            )
 
 
 def _laplace(state: _Run) -> None:
     """Laplace in three structures at one tau, and the refined Gaussian; ``posterior/*.safetensors``."""
     folder, settings = state.folder, state.config.posterior
-    if folder.done("laplace"):
+    if state.done("laplace"):
         return
-    train = state.part("train")
-    k = len(state.dataset.classes)
+    k, train = len(state.dataset.classes), state.own_training()
     phi, labels = train.features.to(state.device), train.labels.to(state.device)
-    with folder.stage("laplace", [*GAUSSIANS.values(), "posterior/fit_seconds.json"]):
+    with state.stage("laplace", [*GAUSSIANS.values(), "posterior/fit_seconds.json"]):
         seconds: dict[str, float] = {}
 
         def timed(name: str, fit: Callable[..., Laplace], **options: Any) -> Laplace:
             begun = time.perf_counter()
-            fitted = fit(phi, labels, **options)
+            fitted = fit(phi, labels, group=state.group, **options)
             seconds[name] = round(time.perf_counter() - begun, 3)
-            fitted.save(folder / GAUSSIANS[name])
+            if state.leads:
+                fitted.save(folder / GAUSSIANS[name])
             return fitted
 
-        with tqdm(total=4, desc="laplace", unit="fit", disable=None) as bar:
+        with tqdm(total=4, desc="laplace", unit="fit", disable=None if state.leads else True) as bar:
             tau = settings.prior_precision
             full = timed("laplace_full", fit_laplace, num_classes=k, prior_precision=tau)
             tau = full.prior_precision
@@ -347,7 +420,8 @@ def _laplace(state: _Run) -> None:
                 bar.update()
             timed("laplace_refined", full.refine)
             bar.update()
-        write_text(folder / "posterior/fit_seconds.json", json.dumps(seconds, indent=1))
+        if state.leads:
+            write_text(folder / "posterior/fit_seconds.json", json.dumps(seconds, indent=1))
 
 
 def _nuts(state: _Run) -> None:
@@ -355,10 +429,10 @@ def _nuts(state: _Run) -> None:
     from bayescam.posterior.nuts import sample_nuts
 
     folder, settings = state.folder, state.config.nuts
-    if folder.done("nuts"):
+    if state.done("nuts"):
         return
-    train = state.part("train")
-    with folder.stage("nuts", ["posterior/nuts.safetensors"]):
+    train = state.own_training()
+    with state.stage("nuts", ["posterior/nuts.safetensors"]):
         nuts = sample_nuts(
             state.gaussians["laplace_refined"],
             train.features,
@@ -368,9 +442,16 @@ def _nuts(state: _Run) -> None:
             num_warmup=settings.num_warmup,
             kernel=settings.kernel,
             seed=state.config.seed,
+            group=state.group,
             folder=folder.scratch / "chains",
+            progress=state.leads,
         )
-        nuts.save(folder / "posterior/nuts.safetensors")
+        if state.leads:
+            nuts.save(folder / "posterior/nuts.safetensors")
+
+
+# The stages on which all ranks work; what comes after them is small, and rank 0's alone.
+SHARED = (_data, _train, _features, _laplace, _nuts)
 
 
 def _probabilities(state: _Run, part: Features) -> dict[str, Tensor]:

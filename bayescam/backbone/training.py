@@ -9,16 +9,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from bayescam.backbone.network import Backbone
 from bayescam.data.pixels import Pixels
 from bayescam.errors import BayescamError, FileFormatError
+from bayescam.parallel import rank, share, size
 from bayescam.storage import load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,12 @@ def train_backbone(
     seed: int,
     checkpoint: Path | None = None,
     progress: bool = True,
+    group: ProcessGroup | None = None,
 ) -> list[Epoch]:
     """Train ``backbone`` in place; the validation images are only looked at.
+
+    With a group each rank takes its share of every batch: the gradient is the whole batch's, averaged by
+    DistributedDataParallel; batch normalisation sees the rank's share alone, and rank 0's running statistics are kept.
 
     Args:
         backbone: on the device to train on.
@@ -74,6 +85,7 @@ def train_backbone(
         seed: of everything random here.
         checkpoint: file that holds the state after each epoch; training goes on from it where it exists.
         progress: show a bar.
+        group: a torch.distributed process group; every rank is given the same arguments, rank 0 writes the checkpoint.
 
     Raises:
         BayescamError: the loss is not finite.
@@ -87,6 +99,7 @@ def train_backbone(
     history: list[Epoch] = []
     if checkpoint is not None and checkpoint.is_file():
         history = _restore(backbone, optimizer, checkpoint, settings, seed)
+    net: nn.Module = backbone if group is None else DistributedDataParallel(backbone, process_group=group)
     bar = tqdm(
         range(len(history), settings.epochs),
         desc="training",
@@ -97,12 +110,12 @@ def train_backbone(
     )
     for epoch in bar:
         train_loss, train_accuracy = _one_epoch(
-            backbone, optimizer, pixels, targets, train, settings, epoch=epoch, seed=seed
+            backbone, net, optimizer, pixels, targets, train, settings, epoch=epoch, seed=seed, group=group
         )
-        valid_loss, valid_accuracy = _evaluate(backbone, pixels, targets, valid, settings.batch_size)
+        valid_loss, valid_accuracy = _evaluate(backbone, pixels, targets, valid, settings.batch_size, group)
         history.append(Epoch(epoch, train_loss, train_accuracy, valid_loss, valid_accuracy))
         bar.set_postfix_str(f"train loss {train_loss:.3f}, valid accuracy {valid_accuracy:.3f}")
-        if checkpoint is not None:
+        if checkpoint is not None and rank(group) == 0:
             _store(backbone, optimizer, checkpoint, settings, seed, history)
     backbone.eval()
     return history
@@ -110,6 +123,7 @@ def train_backbone(
 
 def _one_epoch(
     backbone: Backbone,
+    net: nn.Module,
     optimizer: torch.optim.Optimizer,
     pixels: Pixels,
     targets: Tensor,
@@ -118,6 +132,7 @@ def _one_epoch(
     *,
     epoch: int,
     seed: int,
+    group: ProcessGroup | None,
 ) -> tuple[float, float]:
     device = backbone.device
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
@@ -127,30 +142,44 @@ def _one_epoch(
     loss_sum, correct = 0.0, 0
     backbone.net.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed * 100_003 + epoch)
+        torch.manual_seed(seed * 100_003 + epoch + (rank(group) << 40))
         for step, start in enumerate(starts):
-            rows = order[start : start + settings.batch_size]
-            if len(rows) < 2:
-                continue  # batch normalisation needs two images
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * one_cycle((epoch * len(starts) + step) / total_steps)
-            images = pixels.batch(rows).to(device)
+            batch = order[start : start + settings.batch_size]
+            if len(batch) < 2 * size(group):
+                continue  # batch normalisation needs two images a rank
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = settings.learning_rate * one_cycle((epoch * len(starts) + step) / total_steps)
+            own = share(len(batch), group)
+            images = pixels.batch(batch[own]).to(device)
             if settings.augment:
-                images = augment(images, generator)
-            target = targets[rows].to(device)
-            logits = backbone(images)
+                images = augment(images, torch.rand(6, len(batch), generator=generator)[:, own])
+            target = targets[batch[own]].to(device)
+            logits = net(images)
             loss = nn.functional.cross_entropy(logits, target)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            (loss * (len(target) * size(group) / len(batch))).backward()
             optimizer.step()
-            loss_sum += float(loss.detach()) * len(rows)
+            loss_sum += float(loss.detach()) * len(target)
             correct += int((logits.argmax(1) == target).sum())
             if not math.isfinite(loss_sum):
                 raise BayescamError(
                     f"training loss is not finite in epoch {epoch + 1}; lower train.learning_rate "
                     f"(now {settings.learning_rate:g})"
                 )
-    return loss_sum / len(order), correct / len(order)
+    if group is not None:
+        for buffer in backbone.net.buffers():
+            dist.broadcast(buffer, group_src=0, group=group)
+    return _means(loss_sum, correct, len(order), device, group)
+
+
+def _means(
+    loss: float, correct: int, count: int, device: torch.device, group: ProcessGroup | None
+) -> tuple[float, float]:
+    """The sums over this rank's images as means over all ``count`` images of all ranks."""
+    sums = torch.tensor([loss, correct], dtype=torch.float64, device=device)
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    return float(sums[0]) / count, float(sums[1]) / count
 
 
 def one_cycle(t: float) -> float:
@@ -160,10 +189,12 @@ def one_cycle(t: float) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (t - 0.2) / 0.8))
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image (N, 1, S, S) turned, scaled, shifted and exposed by its own random amount; never flipped."""
-    n = images.shape[0]
-    uniform = torch.rand(6, n, generator=generator).to(images.device) * 2 - 1
+def augment(images: Tensor, amounts: Tensor) -> Tensor:
+    """Each image (N, 1, S, S) turned, scaled, shifted and exposed by its own uniform ``amounts`` (6, N) in [0, 1).
+
+    Never flipped.
+    """
+    uniform = amounts.to(images.device) * 2 - 1
     angle, scale = uniform[0] * math.radians(15), 1 + 0.12 * uniform[1]
     cosine, sine = angle.cos() * scale, angle.sin() * scale
     top = torch.stack([cosine, -sine, 0.16 * uniform[2]], dim=1)
@@ -175,18 +206,23 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _evaluate(
-    backbone: Backbone, pixels: Pixels, targets: Tensor, rows: np.ndarray, batch_size: int
+    backbone: Backbone,
+    pixels: Pixels,
+    targets: Tensor,
+    rows: np.ndarray,
+    batch_size: int,
+    group: ProcessGroup | None,
 ) -> tuple[float, float]:
     if len(rows) == 0:
         return math.nan, math.nan
-    loss, correct = 0.0, 0
+    loss, correct, own = 0.0, 0, rows[share(len(rows), group)]
     with backbone.evaluating():
-        for start in range(0, len(rows), 4 * batch_size):
-            batch = rows[start : start + 4 * batch_size]
+        for start in range(0, len(own), 4 * batch_size):
+            batch = own[start : start + 4 * batch_size]
             logits = backbone(pixels.batch(batch).to(backbone.device)).cpu()
             loss += float(nn.functional.cross_entropy(logits, targets[batch], reduction="sum"))
             correct += int((logits.argmax(1) == targets[batch]).sum())
-    return loss / len(rows), correct / len(rows)
+    return _means(loss, correct, len(rows), backbone.device, group)
 
 
 def _store(

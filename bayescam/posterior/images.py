@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from bayescam.parallel import size, together
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -63,7 +66,7 @@ class TrainingImages:
     def total(self, value: _ValueT) -> _ValueT:
         """Sum a tensor over the ranks of the group, in place; the value itself without a group."""
         if self.group is not None:
-            torch.distributed.all_reduce(value, group=self.group)
+            dist.all_reduce(value, group=self.group)
         return value
 
     def weight(self) -> float:
@@ -100,19 +103,49 @@ def check_images(
 ) -> TrainingImages:
     """Check what a fit is given, and name what is wrong.
 
+    With a group every rank checks its shard before any sum runs: where one refuses, all do.
+
     Raises:
         TypeError: features or labels of a type that cannot be meant.
-        ValueError: shapes, labels, class weights or feature values that cannot be used.
+        ValueError: shapes, labels, class weights or feature values that cannot be used, or shards that differ in D, K
+            or type.
+        RankError: another rank's shard was refused.
     """
-    _check_features(features)
     device = features.device if isinstance(features, Tensor) else torch.device("cpu")
-    labels = _check_labels(labels, len(features), group).to(device)
-    num_classes = _check_num_classes(labels, num_classes, group)
-    weights = _check_class_weights(class_weights, num_classes, labels)
-    images = TrainingImages(features, labels, num_classes, weights, group)
-    for span, chunk in images.chunks():
-        _check_finite(chunk, span.start)
-    return images
+
+    def shard() -> Tensor:
+        _check_features(features)
+        return _check_labels(labels, len(features)).to(device)
+
+    own = together(shard, group, device)
+    wide = features.dtype in (torch.float64, np.dtype(np.float64))
+    _check_alike({"D": features.shape[1], "num_classes": num_classes or 0, "float64": wide}, group, device)
+    k = _num_classes(own, num_classes, group)
+
+    def whole() -> TrainingImages:
+        _check_range(own, k)
+        images = TrainingImages(features, own, k, _check_class_weights(class_weights, k, own), group)
+        for span, chunk in images.chunks():
+            _check_finite(chunk, span.start)
+        return images
+
+    return together(whole, group, device)
+
+
+def _check_alike(facts: dict[str, int], group: ProcessGroup | None, device: torch.device) -> None:
+    """Refuse shards of different arrays, on every rank in the same words."""
+    if group is None:
+        return
+    own = torch.tensor(list(facts.values()), dtype=torch.int64, device=device)
+    heard = [torch.empty_like(own) for _ in range(size(group))]
+    dist.all_gather(heard, own, group=group)
+    for name, first, *others in zip(facts, *(found.tolist() for found in heard), strict=True):
+        for source, value in enumerate(others, start=1):
+            if value != first:
+                raise ValueError(
+                    f"the ranks disagree: {name} is {first} on rank 0 and {value} on rank {source}; "
+                    "give every rank a shard of the same features"
+                )
 
 
 def check_rows(features: Tensor | np.ndarray, num_features: int, like: Tensor) -> Tensor:
@@ -155,12 +188,12 @@ def _check_type(features: Tensor | np.ndarray) -> None:
         raise TypeError(f"features must be floating-point numbers, got {features.dtype}; convert them to float32")
 
 
-def _check_labels(labels: Tensor | np.ndarray, num_images: int, group: ProcessGroup | None) -> Tensor:
+def _check_labels(labels: Tensor | np.ndarray, num_images: int) -> Tensor:
     found = torch.as_tensor(np.array(labels) if not isinstance(labels, Tensor) else labels)
     if found.shape != (num_images,):
         raise ValueError(f"labels must be ({num_images},) like the rows of features, got {tuple(found.shape)}")
-    if num_images == 0 and group is None:
-        raise ValueError("features holds no image (N = 0); a fit needs at least one")
+    if num_images == 0:
+        raise ValueError("features holds no image (N = 0); a fit needs at least one on every rank")
     if found.is_complex() or found.dtype == torch.bool:
         raise TypeError(f"labels must be whole numbers 0..K-1, got {found.dtype}")
     if found.is_floating_point():
@@ -171,20 +204,23 @@ def _check_labels(labels: Tensor | np.ndarray, num_images: int, group: ProcessGr
     return found.long()
 
 
-def _check_num_classes(labels: Tensor, num_classes: int | None, group: ProcessGroup | None) -> int:
-    largest = labels.max() if len(labels) else labels.new_tensor(-1)
-    if group is not None:
-        largest = largest.clone()
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
+def _num_classes(labels: Tensor, num_classes: int | None, group: ProcessGroup | None) -> int:
+    """K as given, or one more than the largest label on any rank."""
     if num_classes is None:
+        largest = labels.max()
+        if group is not None:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         num_classes = int(largest) + 1
     if num_classes < 2:
         raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2 classes")
+    return num_classes
+
+
+def _check_range(labels: Tensor, num_classes: int) -> None:
     outside = (labels < 0) | (labels >= num_classes)
     if bool(outside.any()):
         at = int(outside.nonzero()[0])
         raise ValueError(f"labels[{at}] is {int(labels[at])}, outside 0..{num_classes - 1}; check num_classes")
-    return num_classes
 
 
 def _check_class_weights(class_weights: Tensor | np.ndarray | None, num_classes: int, labels: Tensor) -> Tensor | None:

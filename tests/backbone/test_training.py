@@ -111,15 +111,14 @@ def test_a_loss_that_is_not_finite_is_named(problem):
         _train(problem, learning_rate=1e30)
 
 
-def test_augmented_images_stay_in_range_and_are_drawn_by_the_generator():
-    images = torch.rand(6, 1, 24, 24)
-    one = augment(images, torch.Generator().manual_seed(3))
-    two = augment(images, torch.Generator().manual_seed(3))
-    assert torch.equal(one, two)
+def test_augmented_images_stay_in_range_and_follow_their_own_amounts_alone():
+    images, amounts = torch.rand(6, 1, 24, 24), torch.rand(6, 6)
+    one = augment(images, amounts)
     assert one.shape == images.shape
     assert float(one.min()) >= 0
     assert float(one.max()) <= 1
-    assert not torch.equal(one, augment(images, torch.Generator().manual_seed(4)))
+    torch.testing.assert_close(augment(images[2:5], amounts[:, 2:5]), one[2:5])
+    assert not torch.equal(one, augment(images, amounts.flip(1)))
 
 
 def test_the_cycle_rises_and_falls():

@@ -1,0 +1,196 @@
+"""The ranks that ``torchrun`` starts, as one ``torch.distributed`` process group; without it one rank and no group.
+
+Everything here takes the group or None and does for None what one process would do, so that callers have one path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bayescam.errors import BayescamError, RankError, UsageError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+PATIENCE = "BAYESCAM_PATIENCE"
+_MINUTES = 30.0
+_WORDS = 1024
+_LOST = re.compile(r"gloo|nccl|connection|store|timed out|timeout", re.IGNORECASE)
+_T = TypeVar("_T")
+
+
+@contextmanager
+def joined() -> Iterator[ProcessGroup | None]:
+    """The group of all ranks under ``torchrun``: gloo for tensors on the CPU, NCCL for those on GPUs; else None.
+
+    A rank waits for the others at most ``BAYESCAM_PATIENCE`` minutes (30). Of all ranks only the first that fails keeps
+    its words: on the others the error is a ``RankError`` that was ``told``.
+
+    Raises:
+        UsageError: the environment is not as ``torchrun`` makes it, or there are more ranks than GPUs.
+        RankError: another rank died, failed or kept this one waiting too long.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        _take_gpu()
+    store = _begin("cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(minutes=_patience()))
+    try:
+        yield dist.group.WORLD
+    except Exception as error:
+        raise _of_this_rank(error, store) from error
+    dist.destroy_process_group()
+
+
+def _patience() -> float:
+    given = os.environ.get(PATIENCE, str(_MINUTES))
+    try:
+        minutes = float(given)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < 1e5:
+        raise UsageError(f"{PATIENCE}={given!r}: must be a positive number of minutes")
+    return minutes
+
+
+def _take_gpu() -> None:
+    local, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if here > torch.cuda.device_count():
+        raise UsageError(
+            f"torchrun started {here} ranks for {torch.cuda.device_count()} GPUs; say --nproc-per-node "
+            f"{torch.cuda.device_count()}, or hide the GPUs (CUDA_VISIBLE_DEVICES=) and say --device cpu"
+        )
+    torch.cuda.set_device(local)
+
+
+def _begin(backend: str, timeout: timedelta) -> dist.Store:
+    try:
+        store, own, count = next(dist.rendezvous("env://", timeout=timeout))
+        meeting = dist.PrefixStore("group", store)
+        dist.init_process_group(backend, store=meeting, rank=own, world_size=count, timeout=timeout)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"the ranks cannot meet ({_line(error)}); start them with torchrun") from error
+    return dist.PrefixStore("bayescam", store)
+
+
+def _of_this_rank(error: Exception, store: dist.Store) -> Exception:
+    """The error as this rank should raise it: its own, or that others are lost, or what another rank has told."""
+    try:
+        first = store.add("failed", 1) == 1
+    except RuntimeError:  # the store died with its host
+        first = True
+    if not first:
+        return RankError(f"rank {rank(dist.group.WORLD)} stopped after another rank: {_line(error)}", told=True)
+    if isinstance(error, RuntimeError) and not isinstance(error, BayescamError) and _LOST.search(str(error)):
+        return RankError(
+            f"rank {rank(dist.group.WORLD)} lost another rank ({_line(error)[:300]}): it died, or was busy for longer "
+            f"than {PATIENCE}={_patience():g} minutes; look for its last words, then start again with --resume"
+        )
+    return error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def rank(group: ProcessGroup | None) -> int:
+    """This process's number in the group; 0 without one."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def size(group: ProcessGroup | None) -> int:
+    """R, the number of ranks; 1 without a group."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def shares(count: int, group: ProcessGroup | None) -> list[slice]:
+    """``count`` rows dealt to the ranks as contiguous slices that differ by at most one in length."""
+    ranks = size(group)
+    bounds = [count * r // ranks for r in range(ranks + 1)]
+    return [slice(begin, end) for begin, end in pairwise(bounds)]
+
+
+def share(count: int, group: ProcessGroup | None) -> slice:
+    """This rank's slice of ``count`` rows."""
+    return shares(count, group)[rank(group)]
+
+
+def from_first(value: Any, group: ProcessGroup | None) -> Any:
+    """Rank 0's ``value`` on every rank; it must be of JSON."""
+    if group is None:
+        return value
+    words = json.dumps(value).encode() if rank(group) == 0 else b""
+    length = torch.tensor([len(words)])
+    dist.broadcast(length, group_src=0, group=group)
+    text = torch.zeros(int(length), dtype=torch.uint8)
+    if words:
+        text[:] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
+    dist.broadcast(text, group_src=0, group=group)
+    return json.loads(bytes(text.tolist()))
+
+
+def after_first(make: Callable[[], _T], group: ProcessGroup | None) -> _T:
+    """``make()`` on rank 0 and then on the others, who find in the cache what it downloaded or decoded."""
+    if rank(group) > 0:
+        dist.barrier(group)
+        return make()
+    value = make()
+    if group is not None:
+        dist.barrier(group)
+    return value
+
+
+def rows_on_first(rows: Tensor, count: int, group: ProcessGroup | None) -> Tensor | None:
+    """On rank 0 all ``count`` rows from the ranks' ``shares``, each sent once; None on the others."""
+    if group is None:
+        return rows
+    if rank(group) > 0:
+        dist.send(rows.contiguous(), group_dst=0, group=group)
+        return None
+    whole = rows.new_empty(count, *rows.shape[1:])
+    for source, span in enumerate(shares(count, group)):
+        if source == 0:
+            whole[span] = rows
+        else:
+            dist.recv(whole[span], group_src=source, group=group)
+    return whole
+
+
+def together(check: Callable[[], _T], group: ProcessGroup | None, device: torch.device | None = None) -> _T:
+    """``check()`` on every rank; where it fails on one, it fails on all, and none is left waiting.
+
+    Raises:
+        what ``check`` raised, on the rank it failed on; RankError with its words on the others.
+    """
+    if group is None:
+        return check()
+    failure: Exception | None = None
+    try:
+        value = check()
+    except Exception as error:
+        failure = error
+    words = (b"" if failure is None else _line(failure).encode())[:_WORDS]
+    own = torch.zeros(_WORDS, dtype=torch.uint8, device=device)
+    own[: len(words)] = torch.tensor(list(words), dtype=torch.uint8)
+    heard = [torch.empty_like(own) for _ in range(size(group))]
+    dist.all_gather(heard, own, group=group)
+    if failure is not None:
+        raise failure
+    for source, message in enumerate(heard):
+        said = bytes(message.tolist()).rstrip(b"\0").decode(errors="replace")
+        if said:
+            raise RankError(f"rank {source} stopped: {said}")
+    return value
