@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bayescam import __version__
 from bayescam.errors import UsageError
-from bayescam.storage import sha256_of, write_text
+from bayescam.runfolder import RunFolder, clear, locked, recorded, refuse_foreign, sweep, verified
+from bayescam.storage import is_partial, printable, read_json, sha256_of, write_text
 
 if TYPE_CHECKING:
     from bayescam.data.feature_table import FeatureTable
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from bayescam.posterior.nuts import Nuts
 
 _SETTINGS = "settings.json"
+_WRITTEN = """settings.json metrics.json comparison.json diagnostics.json table.md timings.json posterior run.json .lock
+    .scratch""".split()
 
 
 @dataclass(frozen=True)
@@ -118,18 +121,35 @@ def run_features(
     """Run everything on the features in ``path``; returns what to tell the user.
 
     Writes ``posterior/laplace.safetensors``, ``refined.safetensors``, ``nuts.safetensors`` and the same as NetCDF,
-    ``metrics.json``, ``comparison.json``, ``diagnostics.json``, ``table.md``, ``timings.json``, ``settings.json``.
+    ``metrics.json``, ``comparison.json``, ``diagnostics.json``, ``table.md``, ``timings.json``, ``settings.json``, and
+    last ``run.json`` with the SHA-256 of each.
 
     Raises:
         FileFormatError: the features cannot be read.
         UsageError: the folder is not usable.
+        BayescamError: another process runs in it, or (on resume) a file of a complete run is not what it was.
     """
     from bayescam.data.feature_table import read_features
 
     settings = settings or FeaturesSettings()
     table = read_features(path, seed=settings.seed)
-    _prepare(out, {**asdict(settings), "features_sha256": sha256_of(path)}, resume=resume, overwrite=overwrite)
-    table = _standardised(table) if settings.standardise else table
+    decisive = {**asdict(settings), "features_sha256": sha256_of(path)}
+    held = _held(out, resume=resume, overwrite=overwrite)
+    with locked(out):
+        if held and resume:
+            _check_settings(out, decisive)
+            if (out / "run.json").is_file():
+                verified(out, *recorded(out))
+                return f"{out}: this run is complete; nothing to do"
+        elif held:
+            clear(out, last=_SETTINGS)
+        sweep(out)
+        write_text(out / _SETTINGS, json.dumps(decisive, indent=1))
+        return _stages(_standardised(table) if settings.standardise else table, out, settings, num_workers)
+
+
+def _stages(table: FeatureTable, out: Path, settings: FeaturesSettings, num_workers: int) -> str:
+    folder = RunFolder(out)
     seconds: dict[str, float] = {}
     gaussians = _fit(table, settings, seconds)
     chains = {"nuts": _sample(table, gaussians, settings, None, out, num_workers, seconds)}
@@ -146,28 +166,37 @@ def run_features(
     write_text(out / "diagnostics.json", json.dumps(_diagnostics(chains, comparison), indent=1))
     write_text(out / "table.md", _markdown(metrics))
     write_text(out / "timings.json", json.dumps({"seconds": seconds}, indent=1))
-    shutil.rmtree(out / ".chains", ignore_errors=True)
+    folder.complete({"bayescam": __version__, "seed": settings.seed})
     return f"{_markdown(metrics)}\nVerdict: {comparison.verdict}. {comparison.words}\nwrote {out}"
 
 
-def _prepare(out: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+def _held(out: Path, *, resume: bool, overwrite: bool) -> list[str]:
+    """What stands in the folder, refused where it is no such run or may not be touched."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: is a file; name a folder")
-    held = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
-    if held and _SETTINGS not in held:
-        raise UsageError(f"--out {out}: the folder holds files that are not such a run ({held[0]}); name another")
-    if held and resume:
-        stored = json.loads((out / _SETTINGS).read_text(encoding="utf-8"))
-        for name, now in settings.items():
-            if stored.get(name) != now:
-                raise UsageError(
-                    f"--resume {out}: {name} was {stored.get(name)!r} and is now {now!r}; resume with what it was"
-                )
-    elif held and not overwrite:
+    held = sorted(e.name for e in out.iterdir() if e.name != ".lock" and not is_partial(e)) if out.is_dir() else []
+    if held and not _is_ours(out / _SETTINGS):
+        raise UsageError(
+            f"--out {out}: the folder holds files that are not such a run ({printable(held[0])}); name another"
+        )
+    if held and not resume and not overwrite:
         raise UsageError(f"--out {out}: the folder is not empty; name another, or say --resume or --overwrite")
-    elif held:
-        shutil.rmtree(out)
-    write_text(out / _SETTINGS, json.dumps(settings, indent=1))
+    if overwrite:
+        refuse_foreign(out, held, _WRITTEN)
+    return held
+
+
+def _is_ours(settings: Path) -> bool:
+    return settings.is_file() and "features_sha256" in read_json(settings)
+
+
+def _check_settings(out: Path, settings: dict[str, Any]) -> None:
+    stored = read_json(out / _SETTINGS)
+    for name, now in settings.items():
+        if stored.get(name) != now:
+            raise UsageError(
+                f"--resume {out}: {name} was {stored.get(name)!r} and is now {now!r}; resume with what it was"
+            )
 
 
 def _standardised(table: FeatureTable) -> FeatureTable:
@@ -226,7 +255,7 @@ def _sample(
             tau_prior=tau_prior,
             seed=settings.seed,
             num_workers=num_workers,
-            folder=out / ".chains" / name,
+            folder=RunFolder(out).scratch / name,
         )
 
 

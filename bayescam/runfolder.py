@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -122,22 +122,32 @@ def opened(
         raise UsageError(f"--out {path}: the folder is not empty and not a run ({printable(held[0])}); name another")
     if held and not resume and not overwrite:
         raise UsageError(f"--out {path}: the folder is not empty; name another, or say --resume or --overwrite")
-    foreign = [name for name in held if name not in WRITTEN] if overwrite else []
+    if overwrite:
+        refuse_foreign(path, held, WRITTEN)
+    config = _config(path, config_file, overrides, resume=resume and ours)
+    with locked(path):
+        if resume and (path / "run.json").is_file():
+            verified(path, *recorded(path))
+            raise AlreadyComplete
+        if overwrite and not resume:
+            clear(path, last="config.toml")
+        sweep(path)
+        if not ours or not resume:
+            write_text(path / "config.toml", to_toml(config))
+        yield RunFolder(path), config
+
+
+def refuse_foreign(path: Path, held: Sequence[str], written: Collection[str]) -> None:
+    """Refuse to empty a folder in which something stands that no run writes.
+
+    Raises:
+        UsageError: naming it.
+    """
+    foreign = [name for name in held if name not in written]
     if foreign:
         raise UsageError(
             f"--out {path}: holds {printable(foreign[0])}, which no run wrote and would be removed; move it away"
         )
-    config = _config(path, config_file, overrides, resume=resume and ours)
-    with _locked(path):
-        if resume and (path / "run.json").is_file():
-            verified(path, *_recorded(path))
-            raise AlreadyComplete
-        if overwrite and not resume:
-            _clear(path)
-        _sweep(path)
-        if not ours or not resume:
-            write_text(path / "config.toml", to_toml(config))
-        yield RunFolder(path), config
 
 
 def _is_utf8(path: Path) -> bool:
@@ -168,8 +178,12 @@ def _differences(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> 
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """An advisory lock that the operating system drops with the process, however it ends."""
+def locked(path: Path) -> Iterator[None]:
+    """An advisory lock on a folder that the operating system drops with the process, however it ends.
+
+    Raises:
+        BayescamError: another process holds it, or the folder cannot be written.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -209,9 +223,9 @@ def _peak_memory_mib() -> float:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
-def _clear(path: Path) -> None:
-    """Empty the folder, run.json first and config.toml last: a kill in between leaves an unfinished run."""
-    entries = sorted(path.iterdir(), key=lambda entry: (entry.name != "run.json", entry.name == "config.toml"))
+def clear(path: Path, *, last: str) -> None:
+    """Empty the folder, run.json first and the settings last: a kill in between leaves an unfinished run."""
+    entries = sorted(path.iterdir(), key=lambda entry: (entry.name != "run.json", entry.name == last))
     for entry in entries:
         if entry.name == _LOCK:
             continue
@@ -221,7 +235,7 @@ def _clear(path: Path) -> None:
             entry.unlink()
 
 
-def _sweep(path: Path) -> None:
+def sweep(path: Path) -> None:
     """Remove the temporaries of a process that was killed."""
     for leftover in [entry for entry in path.rglob(".*") if is_partial(entry)]:
         leftover.unlink()
@@ -274,12 +288,12 @@ def sealed(path: Path) -> Path:
     Raises:
         BayescamError: as ``verified``.
     """
-    return verified(path, *(name for name in _recorded(path) if name not in _REMADE))
+    return verified(path, *(name for name in recorded(path) if name not in _REMADE))
 
 
-def _recorded(path: Path) -> list[str]:
+def recorded(path: Path) -> list[str]:
     """The files that ``run.json`` lists."""
     files = read_json(verified(path) / "run.json").get("files")
-    if not isinstance(files, dict) or "config.toml" not in files:
+    if not isinstance(files, dict) or not files:
         raise FileFormatError(f"{path / 'run.json'}: lists no files of a run; restore it or run again")
     return list(files)

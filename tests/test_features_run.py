@@ -57,7 +57,13 @@ def test_command_line_leaves_the_verdict_and_every_file(features, tmp_path, caps
     for name in ("laplace", "refined", "nuts"):
         with xr.open_dataset(out / f"posterior/{name}.nc", group="posterior", engine="h5netcdf") as stored:
             assert {"label", "feature"} <= set(stored["weight"].dims)
-    assert not (out / ".chains").exists()
+    assert not (out / ".scratch").exists()
+    sealed = json.loads((out / "run.json").read_text())["files"]
+    assert {"metrics.json", "posterior/nuts.nc", "settings.json"} <= set(sealed)
+    again = ["posterior", "--features", str(features), "--out", str(out), "--sample-tau", *FLAGS, "--resume"]
+    (out / "table.md").write_text("other")
+    assert main(again) == 1
+    assert "changed since the run wrote it" in capsys.readouterr().err
 
 
 def test_settings_of_the_file_and_the_folder(features, tmp_path):
@@ -71,7 +77,14 @@ def test_settings_of_the_file_and_the_folder(features, tmp_path):
     (tmp_path / "other" / "mine.txt").write_text("precious")
     with pytest.raises(UsageError, match=r"mine\.txt"):
         run_features(features, tmp_path / "other", SMALL, overwrite=True)
+    (tmp_path / "other" / "settings.json").write_text('{"editor.tabSize": 4}')
+    with pytest.raises(UsageError, match=r"not such a run"):
+        run_features(features, tmp_path / "other", SMALL, overwrite=True)
     assert (tmp_path / "other" / "mine.txt").read_text() == "precious"
+    (out / "mine.txt").write_text("precious")
+    with pytest.raises(UsageError, match=r"holds mine\.txt, which no run wrote"):
+        run_features(features, out, SMALL, overwrite=True)
+    assert (out / "metrics.json").is_file()
     with pytest.raises(UsageError, match="is a file"):
         run_features(features, features, SMALL)
 
@@ -91,10 +104,11 @@ def test_interrupted_run_resumes_to_the_same_numbers(features, tmp_path, monkeyp
     with pytest.raises(SamplingInterrupted, match="1 of 2 chains complete"):
         run_features(features, broken, SMALL)
     monkeypatch.undo()
-    assert (broken / ".chains/nuts/chain-0.safetensors").is_file()
+    assert (broken / ".scratch/nuts/chain-0.safetensors").is_file()
     run_features(features, broken, SMALL, resume=True)
     for name in ("comparison.json", "metrics.json"):
         assert (whole / name).read_text() == (broken / name).read_text()
+    assert "complete; nothing to do" in run_features(features, broken, SMALL, resume=True)
 
 
 def test_standardise_makes_the_scale_of_a_column_irrelevant(features, tmp_path):

@@ -181,7 +181,7 @@ def test_resume_on_a_missing_folder_starts_and_on_a_complete_one_says_so(tmp_pat
         (lambda run: (run / "a.txt").unlink(), r"a\.txt: missing"),
         (lambda run: write_text(run / "report.html", "other"), r"report\.html: changed since .*bayescam report"),
         (lambda run: write_text(run / "run.json", '{"status": "complete", "files": {}}'), r"run\.json: lists no files"),
-        (lambda run: write_text(run / "run.json", '{"files": {"config.toml": 1}}'), r"config\.toml: missing"),
+        (lambda run: write_text(run / "run.json", '{"files": {"config.toml": {}}}'), r"config\.toml: changed"),
     ],
 )
 def test_resume_says_complete_only_of_a_run_that_is_as_it_was_written(tmp_path, change, words):
