@@ -48,6 +48,7 @@ GAUSSIANS = {
     "laplace_refined": "posterior/refined.safetensors",
 }
 _COMPARED_MAPS = 32
+_MARKED = 100  # test images of which the report says whether the model looks at the marker
 METHODS = ("cnn", "map", "map_temperature", *GAUSSIANS, "nuts")
 
 
@@ -614,6 +615,7 @@ def _cams(state: _Run) -> None:
         maps = explanation_maps(state.backbone, images.to(state.device)).cpu()
         posterior = CamPosterior(maps.double(), load_laplace(folder / file))
         chosen = predictions.isel(obs_id=gallery)
+        outranks, marker = _marker(state, gallery, predictions["probs"].sel({"method": method}).values.argmax(1), file)
         dataset = xr.Dataset(
             {
                 "mean": (("obs_id", "label", "row", "col"), posterior.mean.numpy()),
@@ -622,6 +624,7 @@ def _cams(state: _Run) -> None:
                 "y": (("obs_id",), chosen["y"].values),
                 "probs": (("obs_id", "label"), chosen["probs"].sel({"method": method}).values),
                 "mutual_information": (("obs_id",), chosen["mutual_information"].sel({"method": method}).values),
+                "marker_outranks": (("obs_id",), outranks),
                 "geometry": (
                     ("obs_id", "geometry_field"),
                     np.array([[float(v) for v in asdict(state.pixels.geometry[i]).values()] for i in rows]),
@@ -641,9 +644,55 @@ def _cams(state: _Run) -> None:
                 "num_features": maps.shape[1],
                 "method": "CAM" if state.backbone.is_average else "Grad-CAM before ReLU",
                 "shareable": int(state.dataset.shareable),
+                **marker,
             },
         )
         save_dataset(dataset, folder / "cams.nc")
+
+
+def _marker(
+    state: _Run, gallery: np.ndarray, predicted: np.ndarray, file: str
+) -> tuple[np.ndarray, dict[str, float | int]]:
+    """P(the lead marker outranks the bones) where both have masks: of the gallery, nan else; a mean of more images.
+
+    The mean is over the first test images, with a 95 % interval over patients.
+    """
+    from bayescam.explain.cam import CamPosterior
+    from bayescam.explain.gradcam import explanation_maps
+    from bayescam.explain.localise import bootstrap_mean
+    from bayescam.explain.marker import marker_outranks, marker_regions
+
+    many = np.arange(min(_MARKED, len(predicted)))
+    places = np.union1d(gallery, many)
+    rows, found = state.rows("test")[places], np.full(len(places), np.nan)
+    masks = [_fitting_masks(state, int(row)) for row in rows]
+    told = np.array([n for n, named in enumerate(masks) if "marker" in named], dtype=int)
+    if len(told):
+        maps = explanation_maps(state.backbone, state.pixels.batch(rows[told]).to(state.device)).cpu()
+        cam = CamPosterior(maps.double(), load_laplace(state.folder / file))
+        geometry = [state.pixels.geometry[row] for row in rows[told]]
+        regions = marker_regions([masks[n] for n in told], geometry, cam.shape)
+        found[told] = marker_outranks(cam, regions, torch.from_numpy(predicted[places[told]])).numpy()
+    seen = np.isin(places, many) & np.isfinite(found)
+    facts: dict[str, float | int] = {"marker_images": int(seen.sum())}
+    if seen.any():
+        low, high = bootstrap_mean(found[seen], np.array(state.dataset.groups())[rows[seen]])
+        facts |= {"marker_mean": float(found[seen].mean()), "marker_low": low, "marker_high": high}
+    return found[np.searchsorted(places, gallery)], facts
+
+
+def _fitting_masks(state: _Run, row: int) -> dict[str, np.ndarray]:
+    """The masks of one image; those that cannot be read or have another size are left out with a warning."""
+    geometry, name = state.pixels.geometry[row], state.dataset.records[row].obs_id
+    try:
+        masks = state.dataset.masks(row)
+    except BayescamError as error:
+        _warn(f"{name}: {error}; its masks are left out")
+        return {}
+    wrong = [mask for mask, values in masks.items() if values.shape != (geometry.height, geometry.width)]
+    if wrong:
+        _warn(f"{name}: mask {wrong[0]} has another size than the image; left out")
+    return {mask: values for mask, values in masks.items() if mask not in wrong}
 
 
 def _arviz(state: _Run) -> None:

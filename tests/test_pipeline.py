@@ -13,7 +13,7 @@ from PIL import Image
 
 from bayescam.cli import main
 from bayescam.runfolder import WRITTEN
-from bayescam.storage import sha256_of
+from bayescam.storage import load_netcdf, sha256_of
 
 SETTINGS = """
 [data]
@@ -72,6 +72,14 @@ class TestPhantom:
             "nuts",
             "undecided",
         )
+
+    def test_the_report_says_whether_the_model_looks_at_the_marker(self, tiny_run):
+        words = (tiny_run / "report.html").read_text()
+        assert "Does it look at the lead marker? In " in words
+        assert "more than the bones do with probability 0." in words
+        cams = load_netcdf(tiny_run / "cams.nc")
+        assert 0 <= cams.attrs["marker_low"] <= cams.attrs["marker_mean"] <= cams.attrs["marker_high"] <= 1
+        assert cams.attrs["marker_images"] >= np.isfinite(cams["marker_outranks"].values).sum() > 0
 
     def test_run_json_seals_every_file(self, tiny_run):
         sealed = json.loads((tiny_run / "run.json").read_text())

@@ -40,7 +40,7 @@ def marker_regions(
     geometry: Sequence[Geometry],
     shape: tuple[int, int],
     *,
-    least: float = 0.04,
+    least: float = 0.2,
     bones: float = 0.3,
 ) -> MarkerRegions:
     """Cells of the marker and of the bones, from masks in the original pixels.
@@ -51,15 +51,16 @@ def marker_regions(
         masks: name -> bool (H, W) of each image; names that are missing leave the image out.
         geometry: of each image.
         shape: (h, w).
-        least: a cell is the marker's from this share of its area on; letters are small.
-        bones: a cell is a bone's from this share of its area on.
+        least: a cell is the marker's if it holds at least this share of the marker.
+        bones: a cell is a bone's if bones cover at least this share of the cell.
     """
     found = []
     for number, (named, how) in enumerate(zip(masks, geometry, strict=True)):
         name = next((name for name in _BONES if name in named), None)
         if name is None or "marker" not in named:
             continue
-        marker = mask_shares(named["marker"], shape, how) >= least
+        covered = mask_shares(named["marker"], shape, how)
+        marker = (covered >= least * covered.sum()) & (covered > 0)
         others = (mask_shares(named[name], shape, how) >= bones) & ~marker
         if bool(marker.any()) and bool(others.any()):
             found.append((number, marker, others))

@@ -32,6 +32,7 @@ class CasePanels:
         probabilities: (K,) of the posterior predictive, or None.
         title: of the picture, shown as it is.
         interpolated: whether mean and sd are upsampled; cells as they are if not.
+        marker: P(the lead marker outranks the bones), where it is known.
     """
 
     image: np.ndarray
@@ -46,6 +47,7 @@ class CasePanels:
     probabilities: tuple[float, ...] | None
     title: str
     interpolated: bool
+    marker: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("image", "mean", "sd", "above"):
@@ -127,6 +129,7 @@ def cell_panels(
     classes: Sequence[str],
     probabilities: Sequence[float] | None = None,
     title: str = "",
+    marker: float | None = None,
 ) -> CasePanels:
     """The panels where only the cells' Gaussian means and sds (h, w) over the network's square are at hand.
 
@@ -149,6 +152,7 @@ def cell_panels(
         probabilities=None if probabilities is None else tuple(float(p) for p in probabilities),
         title=printable(title, 80),
         interpolated=False,
+        marker=marker,
     )
 
 
@@ -173,6 +177,8 @@ def caption(case: CasePanels, *, level: float = 0.9) -> str:
         if case.joint is not None:
             alone += f" point by point (dashed), {(case.joint >= level).mean():.0%} jointly (solid)"
         parts.append(alone + ".")
+    if case.marker is not None:
+        parts.append(f"The lead marker speaks for {name} more than the bones do with probability {case.marker:.2f}.")
     size = " x ".join(f"{pixels:.0f}" for pixels in case.cell_pixels)
     parts.append(
         f"0 is the average class. The map has {h} x {w} cells: one cell is 1/{h * w} of the square that the network "

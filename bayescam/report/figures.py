@@ -220,6 +220,7 @@ def write_figures(folder: Path) -> list[Path]:
 def cam_cases(files: RunFiles) -> list[CasePanels]:
     """The gallery's radiographs with the map of each one's most probable class."""
     cams = files.cams
+    marker = cams["marker_outranks"].values
     cases = []
     for i in range(cams.sizes["obs_id"]):
         probs = cams["probs"].values[i]
@@ -233,6 +234,7 @@ def cam_cases(files: RunFiles) -> list[CasePanels]:
                 classes=files.classes,
                 probabilities=probs.tolist(),
                 title=f"truth: {files.classes[truth]}",
+                marker=None if np.isnan(marker[i]) else float(marker[i]),
             )
         )
     return cases

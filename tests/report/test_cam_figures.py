@@ -14,6 +14,7 @@ from bayescam.data.pixels import Geometry
 from bayescam.explain.cam import CamPosterior
 from bayescam.posterior.covariance import DiagCovariance
 from bayescam.posterior.laplace import Laplace
+from bayescam.report.cam_coverage import coverage_figure
 from bayescam.report.cam_figures import case_figure, draw_case, gallery_figure, value_suppressing
 from bayescam.report.cam_panels import CasePanels, caption, case_panels, cell_panels, shared_limit
 
@@ -142,6 +143,8 @@ def test_the_caption_says_the_numbers_and_where():
     assert "one cell is 1/16 of the square" in words
     assert "0 is the average class" in words
     assert "jointly" not in words
+    assert "marker" not in words
+    assert "marker speaks for hand more than the bones do with probability 0.03" in caption(replace(case, marker=0.031))
     assert "in the centre" in caption(replace(case, mean=np.pad([[1.0]], 4)[:9, :9], sd=np.ones((9, 9))))
 
 
@@ -179,6 +182,17 @@ def test_the_value_suppressing_palette_greys_what_is_unsure():
     assert np.ptp(unsure) < 1e-9
     assert len(np.unique(value_suppressing(mean, np.full(4, 0.8), 1.0).round(6), axis=0)) == 2
     draw_case(_case(), suppress=True).canvas.draw()
+
+
+def test_coverage_is_drawn_as_a_difference_with_its_error():
+    rng = np.random.default_rng(0)
+    shares = {"one": {"nuts": rng.uniform(0.4, 0.6, (9, 1)), "laplace_full": rng.uniform(0.1, 0.3, (9, 1))}}
+    axes = coverage_figure(shares, [0.5]).axes[0]
+    for container, found in zip(axes.containers, shares["one"].values(), strict=True):
+        point, _, (bars,) = container
+        assert point.get_ydata()[0] == pytest.approx(100 * (found.mean() - 0.5))
+        low, high = bars.get_segments()[0][:, 1]
+        assert high - low == pytest.approx(2 * 196 * found.std(ddof=1) / 3)
 
 
 def test_wrong_arguments_are_refused_in_words():
