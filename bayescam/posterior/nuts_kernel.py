@@ -3,7 +3,9 @@
 Pyro's own ``sample`` walks dictionaries of sites through ``pyro.sample``, autograd and 0-dim tensors at every leapfrog
 step, which costs several times the likelihood of a small last layer. The two subclasses keep Pyro's set-up, step-size
 search and dual averaging, and take the random numbers in Pyro's order, so that their draws equal the parent class's
-(``tests/posterior/test_nuts_kernel.py``); they also keep the statistics that Pyro drops.
+(``tests/posterior/test_nuts_kernel.py``); they also keep the statistics that Pyro drops. NUTS differs in one thing: it
+looks for U-turns across neighbouring halves of a trajectory too, as Stan does since 2.21. Whitening makes all periods
+nearly equal, and where a doubling spans a whole period the two ends have met again and Pyro's check sees no turn.
 """
 
 from __future__ import annotations
@@ -53,6 +55,14 @@ class Point(NamedTuple):
     energy: float
 
 
+class Span(NamedTuple):
+    """A stretch of a trajectory: its ends in order of time, and the sum of its momenta."""
+
+    left: State
+    right: State
+    r_sum: Tensor
+
+
 class Tree(NamedTuple):
     """A trajectory built by doubling; ``log_weight`` is the log of its summed density relative to the start."""
 
@@ -88,6 +98,14 @@ def _log_add(a: float, b: float) -> float:
 def _is_turning(left: Tensor, right: Tensor, r_sum: Tensor) -> bool:
     rho = r_sum - 0.5 * (left + right)
     return torch.dot(left, rho).item() <= 0 or torch.dot(right, rho).item() <= 0
+
+
+def _turns_across(earlier: Tree | Span, later: Tree | Span) -> bool:
+    """Whether a half of a trajectory with its neighbour's nearest point makes a U-turn: Stan's two further checks."""
+    meets, met = later.left.r, earlier.right.r
+    return _is_turning(earlier.left.r, meets, earlier.r_sum + meets) or _is_turning(
+        met, later.right.r, met + later.r_sum
+    )
 
 
 def _exp(x: float) -> float:
@@ -179,15 +197,16 @@ class LastLayerNuts(_Walk, NUTS):
         log_weight = _log_add(first.log_weight, second.log_weight)
         take_second = 0.0 if log_weight == -math.inf else math.exp(second.log_weight - log_weight)
         chosen = second if _bernoulli(take_second) else first
-        left, right = (first.left, second.right) if direction == 1 else (second.left, first.right)
-        r_sum = first.r_sum + second.r_sum
+        earlier, later = (first, second) if direction == 1 else (second, first)
+        left, right, r_sum = earlier.left, later.right, first.r_sum + second.r_sum
+        turning = second.turning or _is_turning(left.r, right.r, r_sum) or _turns_across(earlier, later)
         return Tree(
             left=left,
             right=right,
             proposal=chosen.proposal,
             r_sum=r_sum,
             log_weight=log_weight,
-            turning=second.turning or _is_turning(left.r, right.r, r_sum),
+            turning=turning,
             diverging=second.diverging,
             sum_accept=first.sum_accept + second.sum_accept,
             n_steps=first.n_steps + second.n_steps,
@@ -196,14 +215,14 @@ class LastLayerNuts(_Walk, NUTS):
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """One draw: double the trajectory until it turns, choosing a point with biased progressive sampling."""
         start, potential, start_energy = self._start(params)
-        left = right = start
+        walked = Span(start, start, start.r)
         point = Point(start.z, start.gradient, potential, start_energy)
-        r_sum, log_weight, sum_accept, n_steps, depth = start.r, 0.0, 0.0, 0, 0
+        log_weight, sum_accept, n_steps, depth = 0.0, 0.0, 0, 0
         accepted = diverging = False
         while depth < self._max_tree_depth:
             direction = int(_bernoulli(0.5))
-            tree = self._subtree(right if direction == 1 else left, direction, depth, start_energy)
-            left, right = (left, tree.right) if direction == 1 else (tree.left, right)
+            edge = walked.right if direction == 1 else walked.left
+            tree = self._subtree(edge, direction, depth, start_energy)
             depth += 1
             sum_accept, n_steps = sum_accept + tree.sum_accept, n_steps + tree.n_steps
             diverging = tree.diverging
@@ -211,8 +230,10 @@ class LastLayerNuts(_Walk, NUTS):
                 break
             if torch.rand((), dtype=torch.float64).item() < _exp(tree.log_weight - log_weight):
                 accepted, point = True, tree.proposal
-            r_sum = r_sum + tree.r_sum
-            if _is_turning(left.r, right.r, r_sum):
+            earlier, later = (walked, tree) if direction == 1 else (tree, walked)
+            crossing = _turns_across(earlier, later)
+            walked = Span(earlier.left, later.right, earlier.r_sum + later.r_sum)
+            if crossing or _is_turning(walked.left.r, walked.right.r, walked.r_sum):
                 break
             log_weight = _log_add(log_weight, tree.log_weight)
         return self._finish(point, (n_steps, depth, sum_accept / n_steps, diverging), accepted)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pyro.infer.mcmc import HMC, MCMC, NUTS
 
+from bayescam.posterior import nuts_kernel
 from bayescam.posterior.covariance import contrast_basis
 from bayescam.posterior.images import check_images
 from bayescam.posterior.nuts_kernel import LastLayerHmc, LastLayerNuts, _log_add
@@ -42,7 +43,9 @@ def walk(kernel, start, num_warmup, num_draws):
         (LastLayerHmc, HMC, {"trajectory_length": math.pi / 2}),
     ],
 )
-def test_draws_equal_pyros_own_kernel(ours, pyros, options):
+def test_draws_equal_pyros_own_kernel(ours, pyros, options, monkeypatch):
+    """With the two further U-turn checks taken away, which Pyro does not make."""
+    monkeypatch.setattr(nuts_kernel, "_turns_across", lambda earlier, later: False)
     potential = small_potential()
     start = torch.randn(potential.dimension, dtype=torch.float64)
     fast, stock = ours(potential, **options), pyros(potential_fn=potential, adapt_mass_matrix=False, **options)
@@ -80,6 +83,33 @@ def test_transition_is_hamiltonian_and_counts_steps():
         assert t.energy > t.potential
         assert 0 <= t.acceptance_rate <= 1
         assert t.step_size > 0 or i < 30
+
+
+class StandardNormal:
+    """U(z) = |z|^2 / 2: every coordinate has the period 2 pi."""
+
+    dimension, device = 200, torch.device("cpu")
+
+    def value_and_gradient(self, z):
+        return 0.5 * torch.dot(z, z).item(), z.clone()
+
+    def __call__(self, params):
+        return 0.5 * params["z"].square().sum()
+
+
+def test_no_whole_periods_are_walked():
+    """15 steps of 0.42 close the circle; its ends have met again, and without the two checks 89 steps a draw follow."""
+    torch.manual_seed(0)
+    kernel = LastLayerNuts(StandardNormal())
+    params = {"z": torch.randn(200, dtype=torch.float64)}
+    kernel.initial_params = params
+    kernel.setup(0)
+    kernel._adapter.step_size = 0.42
+    steps = []
+    for _ in range(40):
+        params = kernel.sample(params)
+        steps.append(kernel.transition.n_steps)
+    assert max(steps) <= 15
 
 
 def test_divergence_is_recorded():
