@@ -134,14 +134,12 @@ def run_features(
     settings = settings or FeaturesSettings()
     table = read_features(path, seed=settings.seed)
     decisive = {**asdict(settings), "features_sha256": sha256_of(path)}
-    held = _held(out, resume=resume, overwrite=overwrite)
+    held = check_folder(out, decisive, resume=resume, overwrite=overwrite)
     with locked(out):
-        if held and resume:
-            _check_settings(out, decisive)
-            if (out / "run.json").is_file():
-                verified(out, *recorded(out))
-                return f"{out}: this run is complete; nothing to do"
-        elif held:
+        if resume and (out / "run.json").is_file():
+            verified(out, *recorded(out))
+            return f"{out}: this run is complete; nothing to do"
+        if held and overwrite:
             clear(out, last=_SETTINGS)
         sweep(out)
         write_text(out / _SETTINGS, json.dumps(decisive, indent=1))
@@ -170,8 +168,13 @@ def _stages(table: FeatureTable, out: Path, settings: FeaturesSettings, num_work
     return f"{_markdown(metrics)}\nVerdict: {comparison.verdict}. {comparison.words}\nwrote {out}"
 
 
-def _held(out: Path, *, resume: bool, overwrite: bool) -> list[str]:
-    """What stands in the folder, refused where it is no such run or may not be touched."""
+def check_folder(out: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> list[str]:
+    """What stands in the folder.
+
+    Raises:
+        UsageError: it is no such run, may not be touched, or was begun with other settings.
+        FileFormatError: its settings cannot be read.
+    """
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: is a file; name a folder")
     held = sorted(e.name for e in out.iterdir() if e.name != ".lock" and not is_partial(e)) if out.is_dir() else []
@@ -183,6 +186,8 @@ def _held(out: Path, *, resume: bool, overwrite: bool) -> list[str]:
         raise UsageError(f"--out {out}: the folder is not empty; name another, or say --resume or --overwrite")
     if overwrite:
         refuse_foreign(out, held, _WRITTEN)
+    elif held:
+        _check_settings(out, settings)
     return held
 
 

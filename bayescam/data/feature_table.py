@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +63,12 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        raise FileFormatError(f"{path}: not a whole .npz of plain arrays ({printable(str(error))})") from error
+    except Exception as error:  # numpy parses headers as Python text: it raises almost anything
+        said = printable(" ".join(str(error).split()))
+        raise FileFormatError(
+            f"{path}: not a whole .npz of plain arrays ({said}); write it with numpy.savez"
+        ) from error
+    arrays = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
     for name in ("features", "labels"):
         if name not in arrays:
             held = ", ".join(printable(held) for held in sorted(arrays)) or "nothing"
@@ -74,8 +79,11 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_csv(path: Path) -> dict[str, np.ndarray]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-        rows = [row for row in csv.reader(stream) if row]
+    try:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+            rows = [row for row in csv.reader(stream) if row]
+    except csv.Error as error:
+        raise FileFormatError(f"{path}: is not a CSV file ({error}); save it again as such") from error
     if rows and not all(_is_number(cell) for cell in rows[0][:-1]):
         rows = rows[1:]
     if not rows:
@@ -148,6 +156,10 @@ def _checked(path: Path, arrays: dict[str, np.ndarray], prefix: str) -> tuple[np
         names = names.astype(np.int64)
     if not (np.issubdtype(names.dtype, np.integer) or names.dtype.kind == "U"):
         raise FileFormatError(f"{path}: {prefix}labels must be whole numbers or words, got {names.dtype}")
+    if names.dtype.kind == "U":
+        codes = np.frombuffer(names.astype(names.dtype.newbyteorder("=")).tobytes(), dtype=np.uint32)
+        if codes.max(initial=0) > sys.maxunicode:
+            raise FileFormatError(f"{path}: {prefix}labels hold what is no text; write them again")
     return features, names
 
 

@@ -27,12 +27,13 @@ def open_fracatlas(
     FracAtlas has no patient numbers. Images lie in ``images/Fractured`` and ``images/Non_fractured``.
 
     Raises:
-        DataError: rows without numbers, missing files, or one part only.
+        DataError: rows without numbers, an image listed twice, missing files, or one part only.
     """
     place = path.parent if root is None else root
     names = [name.lower() for name in header]
     records: list[Radiograph] = []
     ignored: Counter[str] = Counter()
+    seen: set[str] = set()
     for number, row in lines:
         cells = dict(zip(names, (cell.strip() for cell in row), strict=False))
         shown = [part for part in PARTS if _yes(path, number, cells, part)]
@@ -42,6 +43,9 @@ def open_fracatlas(
         name = cells["image_id"]
         if Path(name).name != name:
             raise DataError(f"{path} line {number}: image_id {printable(name)!r} is not a file name without a folder")
+        if name in seen:
+            raise DataError(f"{path} line {number}: {printable(name)} is listed twice; leave one of the rows")
+        seen.add(name)
         folder = "Fractured" if _yes(path, number, cells, "fractured") else "Non_fractured"
         views = [view for view in VIEWS if _yes(path, number, cells, view)]
         where = f"images/{folder}/{name}"

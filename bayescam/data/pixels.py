@@ -100,9 +100,11 @@ def load_pixels(folder: Path, num: int, size: int) -> Pixels | None:
     try:
         images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
         rows = np.load(folder / "geometry.npy", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except Exception:  # numpy parses headers as Python text: it raises almost anything
         return None
-    if images.shape != (num, size, size) or images.dtype != np.uint16 or rows.shape != (num, len(fields(Geometry))):
+    if images.shape != (num, size, size) or images.dtype != np.uint16:
+        return None
+    if rows.shape != (num, len(fields(Geometry))) or not np.issubdtype(rows.dtype, np.integer):
         return None
     return Pixels(images, tuple(Geometry(*map(int, row)) for row in rows))
 

@@ -17,10 +17,13 @@ from bayescam.posterior.draws import Draws
 from bayescam.posterior.images import check_images
 from bayescam.posterior.nuts_chain import STATISTICS, Chain, ChainSettings
 from bayescam.posterior.nuts_problem import Problem
+from bayescam.posterior.nuts_ranks import fits, gathered, run_chains_on_ranks
 from bayescam.posterior.nuts_run import run_chains
 from bayescam.storage import load_tensors, save_tensors
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from bayescam.posterior.laplace import Laplace
 
 DEFAULT_TAU_PRIOR = (1.0, 0.1)
@@ -119,7 +122,8 @@ def sample_nuts(
     kernel: Literal["nuts", "hmc"] = "nuts",
     tau_prior: tuple[float, float] | Literal["gamma"] | None = None,
     seed: int = 0,
-    group: Any = None,
+    group: ProcessGroup | None = None,
+    deal_chains: bool | None = None,
     num_workers: int = 0,
     folder: Path | None = None,
     target_accept: float = 0.8,
@@ -143,9 +147,11 @@ def sample_nuts(
             "gamma" means Gamma(1, rate 0.1).
         seed: of all chains.
         group: torch.distributed group; features and labels are this rank's shard and each rank gets the same draws.
+        deal_chains: with a group, True gathers all images on every rank and deals the chains out, False lets every rank
+            walk every chain on its own shard; None deals where the images take under a quarter of a rank's memory.
         num_workers: processes that run chains side by side; 0 runs them one after another in this one.
         folder: keeps ``chain-0.safetensors``... as each chain finishes; a later call with the same data and settings
-            takes them up instead of drawing them again.
+            takes them up instead of drawing them again. With a group rank 0 alone keeps them.
         target_accept, max_tree_depth: of the kernel.
         progress: show a bar on a terminal.
 
@@ -156,6 +162,8 @@ def sample_nuts(
 
     Source: Hoffman and Gelman (2014); Betancourt (2017), arXiv:1701.02434.
     """
+    if deal_chains is not None and group is None:
+        raise ValueError(f"deal_chains is {deal_chains} without a process group; give group, or leave it out")
     settings = _check_settings(
         num_chains, kernel, num_samples, num_warmup, seed, target_accept, max_tree_depth, num_workers, group
     )
@@ -166,10 +174,15 @@ def sample_nuts(
         class_weights=laplace.class_weights,
         group=group,
     )
+    if group is not None and (fits(images) if deal_chains is None else deal_chains):
+        images = gathered(images)
     problem = Problem.of(laplace, images, _check_tau_prior(tau_prior))
     with TemporaryDirectory(prefix="bayescam-") as temporary:
         kept = Path(temporary) if folder is None else Path(folder)
-        chains = run_chains(problem, settings, num_chains, num_workers, kept, progress=progress)
+        if group is None:
+            chains = run_chains(problem, settings, num_chains, num_workers, kept, progress=progress)
+        else:
+            chains = run_chains_on_ranks(problem, settings, num_chains, kept, group=group, progress=progress)
     if not all(chain.finished for chain in chains):
         raise _interrupted(chains, num_chains, settings, laplace, problem)
     return _gather(chains, settings, laplace, problem)

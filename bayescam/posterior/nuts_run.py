@@ -83,7 +83,7 @@ def run_chains(
         progress: show a bar on a terminal.
     """
     mark = problem.fingerprint(settings)
-    kept = {i: chain for i in range(num_chains) if (chain := _kept(folder, i, mark)) is not None}
+    kept = {i: chain for i in range(num_chains) if (chain := kept_chain(folder, i, mark)) is not None}
     bar = Progress(settings, num_chains, show=progress)
     for _ in kept:
         bar.skip()
@@ -98,7 +98,8 @@ def run_chains(
     return sorted([*kept.values(), *drawn], key=lambda chain: chain.index)
 
 
-def _kept(folder: Path, index: int, mark: str) -> Chain | None:
+def kept_chain(folder: Path, index: int, mark: str) -> Chain | None:
+    """A finished chain that an earlier call with the same data and settings left in ``folder``, or None."""
     path = chain_path(folder, index)
     chain = load_chain(path, mark) if path.is_file() else None
     return chain if chain is not None and chain.finished else None

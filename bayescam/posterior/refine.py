@@ -38,6 +38,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+from bayescam.parallel import size
 from bayescam.posterior.covariance import Covariance, DiagCovariance, KronCovariance, contrast_basis
 from bayescam.posterior.curvature import feature_gram, full_covariance
 from bayescam.posterior.expectations import Moments, NormalRule, expected_loss, logit_scales, moments, normal_rule
@@ -118,7 +119,7 @@ def _climb(images: TrainingImages, state: _State, rules: _Rules, tau: float) -> 
     history: list[tuple[Tensor, Tensor]] = []
     while built < MAX_CURVATURES and not converged:
         kept, step = None, 1.0
-        candidate = _anderson(images, history) if len(history) > 1 else state.proposal
+        candidate = _anderson(images, state.covariance, history) if len(history) > 1 else state.proposal
         while kept is None and built < MAX_CURVATURES and step >= _SHORTEST_STEP:
             trial = _try(images, state, candidate, rules, tau)
             built += 1
@@ -236,24 +237,31 @@ def _kron(images: TrainingImages, weights: Tensor, tau: float) -> KronCovariance
     return bare.with_classes(laplacian, 1.0)
 
 
-def _anderson(images: TrainingImages, history: list[tuple[Tensor, Tensor]]) -> Tensor:
+def _anderson(images: TrainingImages, covariance: Covariance, history: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Anderson's extrapolation of log weights x -> g(x): the combination of past steps with the least residual."""
     points = torch.stack([x for x, _ in history], 1)
     values = torch.stack([g for _, g in history], 1)
     residual = values - points
-    size = (points[:, -1].exp() + values[:, -1].exp()).div(2).unsqueeze(1)
+    sizes = _once(images, covariance, (points[:, -1].exp() + values[:, -1].exp()) / 2).unsqueeze(1)
     change = residual.diff(dim=1)
     system = images.total(
-        torch.cat([change, residual[:, -1:]], 1).T @ (size * torch.cat([change, residual[:, -1:]], 1))
+        torch.cat([change, residual[:, -1:]], 1).T @ (sizes * torch.cat([change, residual[:, -1:]], 1))
     )
     mixing = torch.linalg.lstsq(system[:-1, :-1].cpu(), system[:-1, -1:].cpu(), driver="gelsd").solution.to(system)
     return values[:, -1] - (values.diff(dim=1) @ mixing).squeeze(1)
 
 
+def _once(images: TrainingImages, covariance: Covariance, sizes: Tensor) -> Tensor:
+    """Sizes of the weights, those of no single image divided by the ranks, which hold them all alike."""
+    pairs = images.num_classes * (images.num_classes - 1) // 2
+    common = {"full": 0, "kron": pairs, "diag": len(sizes)}[covariance.structure]
+    return torch.cat([sizes[:common] / size(images.group), sizes[common:]])
+
+
 def _change(images: TrainingImages, state: _State) -> float:
     """sqrt of the size-weighted mean of squared log changes that one more step would make."""
-    size = state.proposal.exp()
-    sums = torch.stack([(size * (state.proposal - state.log_weights).square()).sum(), size.sum()])
+    sizes = _once(images, state.covariance, state.proposal.exp())
+    sums = torch.stack([(sizes * (state.proposal - state.log_weights).square()).sum(), sizes.sum()])
     squared, total = images.total(sums).tolist()
     return math.sqrt(squared / total)
 

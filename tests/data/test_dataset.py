@@ -283,7 +283,11 @@ def test_fracatlas_through_the_manifest_writer(tmp_path):
 
 @pytest.mark.parametrize(
     ("row", "match"),
-    [("../1.jpg,1,0,0,0,0,0,0,1,1,1,0,0", "not a file name"), ("1.jpg,x,0,0,0,0,0,0,1", "hand is 'x'")],
+    [
+        ("../1.jpg,1,0,0,0,0,0,0,1,1,1,0,0", "not a file name"),
+        ("1.jpg,x,0,0,0,0,0,0,1", "hand is 'x'"),
+        ("1.jpg,1,0,0,0,0,0,0,1\n1.jpg,0,1,0,0,0,0,0,0", "listed twice"),
+    ],
 )
 def test_broken_fracatlas_rows_are_named(tmp_path, row, match):
     with pytest.raises(DataError, match=rf"line 2: .*{match}|{match}"):

@@ -1,5 +1,8 @@
 """Ready-made features: what is read, how it is split, and what is said about broken files."""
 
+import io
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -79,6 +82,8 @@ def test_csv_with_and_without_a_header(tmp_path, header):
         (lambda a: a.update(test_features=a["features"][:2], test_labels=np.array([0, 7])), "'7', which labels does"),
         (lambda a: a.update(test_features=a["features"][:2, :2], test_labels=np.array([0, 1])), "test_features has 2"),
         (lambda a: a.update(labels=np.array([None] * 30, dtype=object)), "not a whole .npz of plain arrays"),
+        (lambda a: a.update(labels=np.full(30, 0x110000, np.uint32).view("<U1")), "hold what is no text"),
+        (lambda a: a.update(labels=np.full(30, "")), "one class only"),
     ],
 )
 def test_broken_npz(tmp_path, change, said):
@@ -97,6 +102,7 @@ def test_broken_npz(tmp_path, change, said):
         ("1,2,a\n1,b\n", "data row 2 has 2 columns, not 3"),
         ("1,2,a\n1,x,b\n", "data row 2: could not convert"),
         ("1,2,a\n1,inf,b\n", r"features\[1, 1\] is inf"),
+        ("1,2," + "a" * 200_000, "is not a CSV file"),
     ],
 )
 def test_broken_csv(tmp_path, text, said):
@@ -116,6 +122,19 @@ def test_absent_truncated_and_foreign_files(tmp_path):
         read_features(path, seed=0)
     path.write_bytes(whole[:300] + b"\0" * 50 + whole[350:])
     with pytest.raises(FileFormatError, match=r"not a whole \.npz"):
+        read_features(path, seed=0)
+    for old, new in ((b"(30, ", b"'30, "), (b"(30, ", b"(999999999999, "), (b"'<f4'", b"'|O' ")):  # what a fuzz found
+        with zipfile.ZipFile(path, "w") as packed:
+            for name, array in arrays().items():
+                stream = io.BytesIO()
+                np.save(stream, array)
+                content = stream.getvalue()
+                packed.writestr(f"{name}.npy", content[:10] + content[10:].replace(old, new, 1)[: len(content) - 10])
+        with pytest.raises(FileFormatError, match=r"not a whole \.npz"):
+            read_features(path, seed=0)
+    with zipfile.ZipFile(path, "w") as packed:
+        packed.writestr("features", b"no array")
+    with pytest.raises(FileFormatError, match="has no array 'features'"):
         read_features(path, seed=0)
     other = tmp_path / "f.parquet"
     other.write_bytes(b"x")
