@@ -18,9 +18,9 @@ from bayescam.doctor import resolve_device
 from bayescam.errors import BayescamError, UsageError
 from bayescam.explain.cam import CamPosterior
 from bayescam.explain.gradcam import explanation_maps
-from bayescam.pipeline import chosen_posterior
 from bayescam.posterior.laplace import Laplace, load_laplace
 from bayescam.runfolder import verified
+from bayescam.stages.state import chosen_posterior
 from bayescam.storage import atomic_path, printable
 
 _DRAWS = 4000

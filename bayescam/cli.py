@@ -30,8 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return WRONG_USAGE
     try:
         return parsed.handler(parsed)
-    except KeyboardInterrupt:
-        return _say_and(INTERRUPTED, parsed, "interrupted; what was finished is kept (see --resume)")
+    except KeyboardInterrupt as interrupt:
+        how_far = str(interrupt) or "interrupted"
+        return _say_and(INTERRUPTED, parsed, f"{how_far}; what was finished is kept (see --resume)")
     except UsageError as error:
         return _say_and(WRONG_USAGE, parsed, str(error))
     except BrokenPipeError:

@@ -24,9 +24,9 @@ from bayescam.config import read_config
 from bayescam.data.phantom.dataset import phantom_dataset
 from bayescam.data.pixels import Pixels
 from bayescam.diagnose.calibration import classification_metrics, entropy, ood_scores
-from bayescam.pipeline import GAUSSIANS
 from bayescam.posterior.laplace import load_laplace
 from bayescam.posterior.nuts import Nuts
+from bayescam.stages.state import GAUSSIANS
 from bayescam.storage import write_text
 
 SEVERITIES = (1, 2, 3, 4, 5)

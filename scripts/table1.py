@@ -15,11 +15,12 @@ import time
 from pathlib import Path
 
 from bayescam.diagnose.calibration import classification_metrics
-from bayescam.pipeline import GAUSSIANS, run
+from bayescam.pipeline import run
 from bayescam.posterior.laplace import load_laplace
 from bayescam.posterior.nuts import sample_nuts
 from bayescam.posterior.predictive import predict_proba
 from bayescam.report.style import NAMES
+from bayescam.stages.state import GAUSSIANS
 from bayescam.storage import load_tensors, write_text
 
 # Vilter and Daglaroglou (DTU), Table 1: MURA, 3,197 test images. Hours of fit and of prior tuning.

@@ -209,9 +209,11 @@ def _interrupted(
     kept = whole or begun[:1]
     nuts = _gather(kept, settings, laplace, problem) if kept else None
     drawn = ", ".join(f"chain {c.index}: {len(c.theta)} of {settings.num_samples}" for c in begun) or "no draw yet"
-    kept_in = "kept in this error's .nuts and .chains"
-    message = f"interrupted with {len(whole)} of {num_chains} chains complete ({drawn}); {kept_in}"
-    return SamplingInterrupted(message, nuts, begun)
+    interrupted = SamplingInterrupted(
+        f"interrupted with {len(whole)} of {num_chains} chains complete ({drawn})", nuts, begun
+    )
+    interrupted.add_note("what was drawn is kept in this error's .nuts and .chains")
+    return interrupted
 
 
 def _check_tau_prior(tau_prior: tuple[float, float] | str | None) -> tuple[float, float] | None:

@@ -174,7 +174,7 @@ def settings_json(folder: Path) -> Reader:
 
 
 def comparison_json(folder: Path) -> Reader:
-    from bayescam.pipeline import chosen_posterior
+    from bayescam.stages.state import chosen_posterior
 
     (folder / "comparison.json").write_text(json.dumps({"verdict": "refine", "words": "w", "tv": {"x": 0.1}}))
     run = folder.parent / "compared"

@@ -1,0 +1,156 @@
+"""What the posteriors are worth on the test split: predictions, metrics, the verdict, ArviZ files."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bayescam.backbone.network import Features
+from bayescam.posterior.predictive import predict_proba
+from bayescam.posterior.temperature import fit_temperature
+from bayescam.stages.state import METHODS, RunState
+from bayescam.storage import printable, write_text
+
+_COMPARED_MAPS = 32
+
+
+def _probabilities(state: RunState, part: Features) -> dict[str, Tensor]:
+    """Class probabilities (N, K) of every method; the temperature is fitted on the valid split alone."""
+    head = state.backbone.head.cpu()
+    full, valid = state.gaussians["laplace_full"], state.part("valid")
+    phi = part.features
+    with torch.no_grad():
+        trained = torch.softmax(head(phi).double(), dim=1)
+    state.backbone.to(state.device)
+    temperature = fit_temperature(full.map_logits(valid.features), valid.labels)
+    logits = full.map_logits(phi)
+    probabilities = {
+        "cnn": trained,
+        "map": torch.softmax(logits, dim=1),
+        "map_temperature": torch.softmax(logits / temperature, dim=1),
+    }
+    probabilities |= {name: gaussian.predict_proba(phi) for name, gaussian in state.gaussians.items()}
+    probabilities["nuts"] = predict_proba(state.nuts.draws, phi)
+    return {name: probabilities[name].double() for name in METHODS}
+
+
+def predict(state: RunState) -> None:
+    """Predictions and metrics of every method on the test split; ``predictions.nc``, ``metrics.json``, ``table.md``."""
+    from bayescam.diagnose.calibration import classification_metrics
+    from bayescam.diagnose.inference_data import save_dataset
+
+    folder, part = state.folder, state.part("test")
+    if folder.done("predict"):
+        return
+    with folder.stage("predict", ["predictions.nc", "metrics.json", "table.md"]):
+        probabilities = _probabilities(state, part)
+        save_dataset(_predictions(state, part, probabilities), folder / "predictions.nc")
+        methods = {name: classification_metrics(probs, part.labels) for name, probs in probabilities.items()}
+        metrics = {
+            "methods": methods,
+            "num_test": len(part.labels),
+            "num_train": len(state.rows("train")),
+            "num_valid": len(state.rows("valid")),
+            "classes": [printable(name) for name in state.dataset.classes],
+            "prior_precision": state.gaussians["laplace_full"].prior_precision,
+            "log_evidence": state.gaussians["laplace_full"].log_evidence,
+        }
+        write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
+        write_text(folder / "table.md", _table(methods, len(part.labels)))
+
+
+def _table(methods: dict[str, dict[str, Any]], num_test: int) -> str:
+    lines = [
+        f"Test split, {num_test} images. ECE: 15 bins of equal width. NLL in nats, lower is better.",
+        "",
+        "| method | accuracy | NLL | ECE | Brier |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in methods.items():
+        lines.append(f"| {name} | {row['accuracy']:.3f} | {row['nll']:.4f} | {row['ece']:.4f} | {row['brier']:.4f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _predictions(state: RunState, part: Features, probabilities: dict[str, Tensor]) -> Any:
+    import xarray as xr
+
+    from bayescam.diagnose.calibration import entropy, mutual_information
+
+    stacked = torch.stack([probabilities[name] for name in METHODS])
+    information = torch.zeros(stacked.shape[:2], dtype=torch.float64)
+    samples, seed = state.config.posterior.num_samples, state.config.seed
+    for row, name in enumerate(METHODS):
+        if name in state.gaussians:
+            draws = state.gaussians[name].sample(samples, seed=seed)
+        elif name == "nuts":
+            draws = state.nuts.draws
+        else:
+            continue
+        information[row] = torch.as_tensor(mutual_information(draws, part.features))
+    return xr.Dataset(
+        {
+            "probs": (("method", "obs_id", "label"), stacked.numpy()),
+            "y": (("obs_id",), part.labels.numpy()),
+            "entropy": (("method", "obs_id"), np.asarray(entropy(stacked))),
+            "mutual_information": (("method", "obs_id"), information.numpy()),
+        },
+        coords={
+            "method": list(METHODS),
+            "obs_id": [printable(name) for name in part.ids],
+            "label": [printable(name) for name in state.dataset.classes],
+            "patient": (("obs_id",), [state.patients[i] for i in state.rows("test")]),
+        },
+        attrs={"entropy_unit": "nat", "split": "test"},
+    )
+
+
+def compare(state: RunState) -> None:
+    """Is Laplace close enough to NUTS? ``comparison.json``."""
+    from bayescam.diagnose.compare import compare_posteriors
+    from bayescam.explain.gradcam import explanation_maps
+
+    folder, part = state.folder, state.part("test")
+    if folder.done("compare"):
+        return
+    with folder.stage("compare", ["comparison.json"]):
+        train = state.part("train")
+        images = state.pixels.batch(state.rows("test")[:_COMPARED_MAPS]).to(state.device)
+        comparison = compare_posteriors(
+            state.gaussians["laplace_full"],
+            state.nuts,
+            part.features,
+            part.labels,
+            refined=state.gaussians["laplace_refined"],
+            maps=explanation_maps(state.backbone, images).cpu(),
+            training=(train.features, train.labels),
+        )
+        write_text(folder / "comparison.json", json.dumps(comparison.to_dict(), indent=1))
+
+
+def arviz(state: RunState) -> None:
+    """The posteriors as ArviZ files; ``posterior/laplace.nc``, ``posterior/refined.nc``, ``posterior/nuts.nc``."""
+    from bayescam.diagnose.inference_data import save, to_inference_data
+
+    folder, part = state.folder, state.part("test")
+    if folder.done("arviz"):
+        return
+    files = ["posterior/laplace.nc", "posterior/refined.nc", "posterior/nuts.nc"]
+    sources = (state.gaussians["laplace_full"], state.gaussians["laplace_refined"], state.nuts)
+    with folder.stage("arviz", files):
+        for file, source in zip(files, tqdm(sources, desc="arviz", unit="file", disable=None), strict=True):
+            data = to_inference_data(
+                source,
+                part.features,
+                part.labels,
+                classes=[printable(name) for name in state.dataset.classes],
+                obs_ids=[printable(name) for name in part.ids],
+                num_samples=state.config.posterior.num_samples,
+                seed=state.config.seed,
+                prior_precision=state.gaussians["laplace_full"].prior_precision,
+            )
+            save(data, folder / file)

@@ -1,0 +1,150 @@
+"""Radiographs in: read, checked and split; the same on every rank."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bayescam.backbone.network import check_name
+from bayescam.config import Config
+from bayescam.data.dataset import RadiographDataset
+from bayescam.data.split import assert_disjoint, equal_across_parts, split_by_patient
+from bayescam.doctor import environment, resolve_device
+from bayescam.errors import BayescamError, UsageError
+from bayescam.parallel import from_first, rank
+from bayescam.stages.state import RunState, warn
+from bayescam.storage import printable, read_json, write_csv, write_text
+
+
+def check_device_and_name(config: Config) -> None:
+    """Refuse what cannot work before anything is read."""
+    resolve_device(config.device)
+    try:
+        check_name(config.backbone.name)
+    except ValueError as error:
+        raise UsageError(f"--backbone: {error}") from error
+
+
+def read(state: RunState) -> None:
+    """The same images on every rank: the first reads, checks and splits, the others leave out what it left out."""
+    if state.leads:
+        _read_and_split(state)
+    found = from_first({"dropped": state.dropped, **_fingerprint(state.dataset)} if state.leads else None, state.group)
+    if not state.leads:
+        _drop(state, found.pop("dropped"))
+        for field, value in _fingerprint(state.dataset).items():
+            if found[field] != value:
+                raise BayescamError(
+                    f"rank {rank(state.group)}: data.{field} is {value!r}, and {found[field]!r} on rank 0; "
+                    "let every rank see the same data"
+                )
+
+
+def _read_and_split(state: RunState) -> None:
+    """Read, check and split; ``split.csv``, ``data.json``, ``environment.json``."""
+    config, folder = state.config, state.folder
+    check_device_and_name(config)
+    if folder.done("data"):
+        _drop_unreadable_again(state)
+        stored = read_json(folder / "data.json")
+        for field, value in _fingerprint(state.dataset).items():
+            if stored.get(field) != value:
+                raise UsageError(
+                    f"--resume {folder.path}: data.{field} was {stored.get(field)!r} and is now {value!r}; "
+                    "resume with the data it began with"
+                )
+        return
+    with folder.stage("data", ["split.csv", "data.json", "environment.json"]):
+        bad = state.dataset.unreadable(num_workers=config.data.num_workers)
+        if bad and config.data.on_bad == "raise":
+            named = "; ".join(map(str, bad))
+            raise BayescamError(f"{len(bad)} unreadable images: {named}; mend them or say --on-bad skip")
+        skipped = [printable(f"{_relative(error.path, state.dataset.root)}: {error.reason}") for error in bad]
+        _drop_unreadable(state, {error.path for error in bad})
+        dataset = state.dataset
+        split = split_by_patient(dataset, seed=config.seed, valid=config.data.valid, test=config.data.test)
+        assert_disjoint(dataset, split)
+        equal = equal_across_parts(dataset, split)
+        if equal:
+            names = " = ".join(f"{dataset.obs_ids[i]} ({split[i]})" for i in equal[0])
+            warn(
+                f"{len(equal)} images stand in several splits under different patients, first {names}; "
+                "results are too good by them: give equal images one patient, or drop the copies"
+            )
+        header = ("obs_id", "path", "label", "patient", "split")
+        write_csv(folder / "split.csv", header, _split_rows(dataset, state.patients, split))
+        facts = {
+            "name": printable(dataset.name),
+            "licence": printable(dataset.licence, 2000),
+            "shareable": dataset.shareable,
+            "ignored": dict(dataset.ignored),
+            "skipped": skipped,
+            "equal_across_splits": [[printable(dataset.obs_ids[i]) for i in group] for group in equal],
+            "counts": {
+                part: {
+                    printable(name): int(((split == part) & (dataset.labels == k)).sum())
+                    for k, name in enumerate(dataset.classes)
+                }
+                for part in ("train", "valid", "test")
+            },
+            **_fingerprint(dataset),
+        }
+        write_text(folder / "data.json", json.dumps(facts, indent=1))
+        write_text(folder / "environment.json", json.dumps(environment(state.device), indent=1))
+
+
+def _drop_unreadable(state: RunState, paths: set[Any]) -> None:
+    if paths:
+        _drop(state, [i for i, record in enumerate(state.dataset.records) if record.path in paths])
+
+
+def _drop(state: RunState, indices: Sequence[int]) -> None:
+    state.dropped = list(indices)
+    if indices:
+        state.dataset = state.dataset.select(np.delete(np.arange(len(state.dataset)), indices))
+
+
+def _drop_unreadable_again(state: RunState) -> None:
+    if read_json(state.folder / "data.json").get("skipped"):
+        bad = state.dataset.unreadable(num_workers=state.config.data.num_workers)
+        _drop_unreadable(state, {error.path for error in bad})
+
+
+def _fingerprint(dataset: RadiographDataset) -> dict[str, Any]:
+    """What a resumed run must find as it was: classes, and every image's name, label, patient and content."""
+    digest = hashlib.sha256()
+    for record in dataset.records:
+        key = dataset.source.key(record)
+        digest.update(f"{record.obs_id}\0{record.label}\0{record.patient}\0{key}\n".encode(errors="surrogateescape"))
+    return {
+        "classes": [printable(name) for name in dataset.classes],
+        "num_images": len(dataset),
+        "records": digest.hexdigest(),
+    }
+
+
+def _split_rows(dataset: RadiographDataset, patients: list[str], split: np.ndarray) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for record, patient, part in zip(dataset.records, patients, split, strict=True):
+        path = "" if record.path is None else _relative(record.path, dataset.root)
+        rows.append(
+            (
+                printable(record.obs_id),
+                printable(path),
+                printable(dataset.classes[record.label]),
+                patient,
+                str(part),
+            )
+        )
+    return rows
+
+
+def _relative(path: Path, root: Path | None) -> str:
+    if root is not None and path.is_relative_to(root):
+        return path.relative_to(root).as_posix()
+    return path.name

@@ -1,0 +1,154 @@
+"""What people look at: class activation maps of a gallery, figures, report and model card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from bayescam.errors import BayescamError
+from bayescam.posterior.laplace import load_laplace
+from bayescam.stages.state import RunState, chosen_posterior, warn
+from bayescam.storage import load_netcdf, write_text
+
+_MARKED = 100  # test images of which the report says whether the model looks at the marker
+
+
+def _gallery(predictions: Any, count: int) -> np.ndarray:
+    """Test images worth a look: the surest right of each class in turn, the surest wrong and the most uncertain."""
+    probs = predictions["probs"].values
+    right = probs.argmax(1) == predictions["y"].values
+    entropy = predictions["entropy"].values
+    third = -(-count // 3)
+    sure = np.argsort(entropy, kind="stable")
+    best = sure[right[sure]]
+    turn = np.zeros(len(best), dtype=int)
+    for k in range(probs.shape[1]):
+        members = probs[best].argmax(1) == k
+        turn[members] = np.arange(members.sum())
+    groups = (best[np.argsort(turn, kind="stable")][:third], sure[~right[sure]][:third], sure[::-1])
+    chosen: list[int] = []
+    for group in groups:
+        room = min(count, len(chosen) + third) if group is not groups[-1] else count
+        chosen += [int(i) for i in group if int(i) not in chosen][: room - len(chosen)]
+    return np.array(chosen)
+
+
+def cams(state: RunState) -> None:
+    """Class activation maps with their posterior for a gallery of test images; ``cams.nc``."""
+    from bayescam.diagnose.inference_data import save_dataset
+
+    folder = state.folder
+    if folder.done("cams"):
+        return
+    with folder.stage("cams", ["cams.nc"]):
+        method, file = chosen_posterior(folder.path)
+        predictions = load_netcdf(folder / "predictions.nc").sel({"method": method})
+        gallery = _gallery(predictions, state.config.explain.num_images)
+        outranks, marker = _marker(state, gallery, predictions["probs"].values.argmax(1), file)
+        found = _maps(state, state.rows("test")[gallery], predictions.isel(obs_id=gallery), file)
+        found["marker_outranks"] = (("obs_id",), outranks)
+        found.attrs |= {"posterior": method, **marker}
+        save_dataset(found, folder / "cams.nc")
+
+
+def _maps(state: RunState, rows: np.ndarray, chosen: Any, file: str) -> Any:
+    """The images of ``rows``, their maps' mean and sd, and what was predicted for them."""
+    import xarray as xr
+
+    from bayescam.explain.cam import CamPosterior
+    from bayescam.explain.gradcam import explanation_maps
+
+    images = state.pixels.batch(rows)
+    maps = explanation_maps(state.backbone, images.to(state.device)).cpu()
+    posterior = CamPosterior(maps.double(), load_laplace(state.folder / file))
+    geometry = [asdict(state.pixels.geometry[i]) for i in rows]
+    return xr.Dataset(
+        {
+            "mean": (("obs_id", "label", "row", "col"), posterior.mean.numpy()),
+            "sd": (("obs_id", "label", "row", "col"), posterior.sd.numpy()),
+            "image": (("obs_id", "y_pixel", "x_pixel"), (images[:, 0] * 255).round().to(torch.uint8).numpy()),
+            "y": (("obs_id",), chosen["y"].values),
+            "probs": (("obs_id", "label"), chosen["probs"].values),
+            "mutual_information": (("obs_id",), chosen["mutual_information"].values),
+            "geometry": (("obs_id", "geometry_field"), np.array([list(map(float, g.values())) for g in geometry])),
+        },
+        coords={
+            "obs_id": chosen["obs_id"].values,
+            "label": chosen["label"].values,
+            "geometry_field": list(geometry[0]),
+        },
+        attrs={
+            "centred": 1,
+            "unit": "logit",
+            "h": maps.shape[2],
+            "w": maps.shape[3],
+            "num_features": maps.shape[1],
+            "method": "CAM" if state.backbone.is_average else "Grad-CAM before ReLU",
+            "shareable": int(state.dataset.shareable),
+        },
+    )
+
+
+def _marker(
+    state: RunState, gallery: np.ndarray, predicted: np.ndarray, file: str
+) -> tuple[np.ndarray, dict[str, float | int]]:
+    """P(the lead marker outranks the bones) where both have masks: of the gallery, nan else; a mean of more images.
+
+    The mean is over the first test images, with a 95 % interval over patients.
+    """
+    from bayescam.explain.cam import CamPosterior
+    from bayescam.explain.gradcam import explanation_maps
+    from bayescam.explain.localise import bootstrap_mean
+    from bayescam.explain.marker import marker_outranks, marker_regions
+
+    many = np.arange(min(_MARKED, len(predicted)))
+    places = np.union1d(gallery, many)
+    rows, found = state.rows("test")[places], np.full(len(places), np.nan)
+    masks = [_fitting_masks(state, int(row)) for row in rows]
+    told = np.array([n for n, named in enumerate(masks) if "marker" in named], dtype=int)
+    if len(told):
+        maps = explanation_maps(state.backbone, state.pixels.batch(rows[told]).to(state.device)).cpu()
+        cam = CamPosterior(maps.double(), load_laplace(state.folder / file))
+        geometry = [state.pixels.geometry[row] for row in rows[told]]
+        regions = marker_regions([masks[n] for n in told], geometry, cam.shape)
+        found[told] = marker_outranks(cam, regions, torch.from_numpy(predicted[places[told]])).numpy()
+    seen = np.isin(places, many) & np.isfinite(found)
+    facts: dict[str, float | int] = {"marker_images": int(seen.sum())}
+    if seen.any():
+        low, high = bootstrap_mean(found[seen], np.array(state.dataset.groups())[rows[seen]])
+        facts |= {"marker_mean": float(found[seen].mean()), "marker_low": low, "marker_high": high}
+    return found[np.searchsorted(places, gallery)], facts
+
+
+def _fitting_masks(state: RunState, row: int) -> dict[str, np.ndarray]:
+    """The masks of one image; those that cannot be read or have another size are left out with a warning."""
+    geometry, name = state.pixels.geometry[row], state.dataset.records[row].obs_id
+    try:
+        masks = state.dataset.masks(row)
+    except BayescamError as error:
+        warn(f"{name}: {error}; its masks are left out")
+        return {}
+    wrong = [mask for mask, values in masks.items() if values.shape != (geometry.height, geometry.width)]
+    if wrong:
+        warn(f"{name}: mask {wrong[0]} has another size than the image; left out")
+    return {mask: values for mask, values in masks.items() if mask not in wrong}
+
+
+def pictures(state: RunState) -> None:
+    """Figures, report and model card from the files of the run; ``timings.json``."""
+    from bayescam.report.figures import write_figures
+    from bayescam.report.html import write_report
+    from bayescam.report.model_card import write_model_card
+
+    folder = state.folder
+    if folder.done("report"):
+        return
+    write_text(folder / "timings.json", json.dumps({"stages": folder.timings}, indent=1))
+    with folder.stage("report", ["report.html", "MODEL_CARD.md"]):
+        write_figures(folder.path)
+        write_model_card(folder.path)
+        write_report(folder.path)
