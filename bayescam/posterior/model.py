@@ -65,6 +65,45 @@ def log_prior(theta: Tensor, prior_precision: float) -> Tensor:
     return 0.5 * p * math.log(prior_precision / (2 * math.pi)) - 0.5 * prior_precision * theta.square().sum(-1)
 
 
+def one_hot(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
+    """(K, n): one where the class is the label, zero elsewhere."""
+    columns = torch.arange(len(labels), device=labels.device)
+    cells = torch.zeros(num_classes, len(labels), dtype=dtype, device=labels.device)
+    cells[labels, columns] = 1
+    return cells
+
+
+def negative_log_likelihood(
+    theta: Tensor, features: Tensor, truth: Tensor, image_weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """-sum_n a_n log softmax(theta phi~_n)_{y_n} and its gradient sum_n a_n (p_n - e_{y_n}) phi~_n^T.
+
+    The one data term of the project: the MAP, the evidence and every sampler walk on it. Two matrix products with the
+    features and one softmax along the class axis of (K, n), which is many times faster than along the short last axis
+    of (n, K).
+
+    Args:
+        theta: [weight, bias], (B, K, D+1), in the features' type.
+        features: phi, (n, D).
+        truth: the labels' ``one_hot``, (K, n).
+        image_weights: a, (n,), or None for ones.
+
+    Returns:
+        value (B,), summed in float64, and gradient (B, K, D+1) in the features' type.
+    """
+    k = theta.shape[1]
+    flat = theta.flatten(0, 1)
+    logits = torch.addmm(flat[:, -1:], flat[:, :-1], features.T).unflatten(0, (-1, k))
+    log_proba = logits.log_softmax(1)
+    hit = torch.linalg.vecdot(log_proba, truth, dim=1)
+    residual = log_proba.exp_().sub_(truth)
+    if image_weights is not None:
+        hit, residual = hit * image_weights, residual.mul_(image_weights)
+    residual = residual.flatten(0, 1)
+    gradient = torch.cat([residual @ features, residual.sum(1, keepdim=True)], 1)
+    return -hit.sum(1, dtype=torch.float64), gradient.view_as(theta)
+
+
 def negative_log_joint(theta: Tensor, images: TrainingImages, prior_precision: float) -> tuple[Tensor, Tensor]:
     """-log p(theta) - log p(y | theta), constants included, and its gradient; the same number as
     ``last_layer``'s trace.
@@ -79,24 +118,17 @@ def negative_log_joint(theta: Tensor, images: TrainingImages, prior_precision: f
     Returns:
         value (...,) and gradient (..., K, D+1), float64.
     """
-    batch, (k, width) = theta.shape[:-2], theta.shape[-2:]
-    flat = theta.reshape(-1, k, width)
-    weight, bias = flat[..., :-1].to(images.dtype), flat[..., -1].to(images.dtype)
+    flat = theta.reshape(-1, *theta.shape[-2:])
+    low = flat.to(images.dtype)
     value = flat.new_zeros(len(flat), dtype=torch.float64)
     gradient = torch.zeros_like(flat, dtype=torch.float64)
     for span, phi in images.chunks():
-        logits = torch.addmm(bias.reshape(-1, 1), weight.flatten(0, 1), phi.T).unflatten(0, (-1, k))
-        log_proba = logits.log_softmax(1)
-        label = images.labels[span].expand(len(flat), 1, -1)
-        hit = log_proba.gather(1, label)
-        residual = log_proba.exp_().scatter_add_(1, label, -torch.ones_like(hit))
-        if images.image_weights is not None:
-            hit = hit * images.image_weights[span].to(hit)
-            residual *= images.image_weights[span].to(hit)
-        value -= hit.sum((1, 2), dtype=torch.float64)
-        gradient[..., :-1] += (residual.flatten(0, 1) @ phi).unflatten(0, (-1, k))
-        gradient[..., -1] += residual.sum(2, dtype=torch.float64)
+        weights = None if images.image_weights is None else images.image_weights[span].to(phi)
+        truth = one_hot(images.labels[span], images.num_classes, phi.dtype)
+        more, slope = negative_log_likelihood(low, phi, truth, weights)
+        value += more
+        gradient += slope
     sums = images.total(torch.cat([value[:, None], gradient.flatten(1)], dim=1))
     value = sums[:, 0] - log_prior(flat.flatten(1), prior_precision)
-    gradient = sums[:, 1:].unflatten(1, (k, width)) + prior_precision * flat
-    return value.reshape(batch), gradient.reshape(theta.shape)
+    gradient = sums[:, 1:].view_as(flat) + prior_precision * flat
+    return value.reshape(theta.shape[:-2]), gradient.reshape(theta.shape)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bayescam.posterior.covariance import DiagCovariance, KronCovariance, contrast_basis
 from bayescam.posterior.images import TrainingImages
+from bayescam.posterior.model import negative_log_likelihood, one_hot
 
 if TYPE_CHECKING:
     from bayescam.posterior.covariance import Covariance
@@ -58,11 +59,7 @@ def differentiable(potential: Potential, z: Tensor) -> Tensor:
 
 
 class SoftmaxLikelihood:
-    """-log p(y | theta) = -sum_n a_n log softmax(theta phi~_n)_{y_n} and its gradient, class-major.
-
-    The same number as the data term of ``model.negative_log_joint`` for one theta, laid out for a sampler: two matrix
-    products with the features, and one softmax along the class axis of a (K, n) array, which is many times faster than
-    along the short last axis of (n, K). Products are in the images' type, sums over images in float64.
+    """``model.negative_log_likelihood`` of one theta over all images, their chunks made ready once for many calls.
 
     Args:
         images: the training images; their chunks are held in memory.
@@ -70,43 +67,23 @@ class SoftmaxLikelihood:
 
     def __init__(self, images: TrainingImages) -> None:
         self.images = images
-        self.shape = (images.num_classes, images.num_features + 1)
         self._chunks = [self._prepare(span, phi) for span, phi in images.chunks()]
 
-    def _prepare(self, span: slice, phi: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        labels, weights = self.images.labels[span], self.images.image_weights
-        columns = torch.arange(len(labels), device=labels.device)
-        one_hot = phi.new_zeros(self.shape[0], len(labels))
-        one_hot[labels, columns] = 1
-        return (
-            phi,
-            one_hot,
-            labels * len(labels) + columns,
-            None if weights is None else weights[span].to(phi),
-        )
+    def _prepare(self, span: slice, phi: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        weights = self.images.image_weights
+        truth = one_hot(self.images.labels[span], self.images.num_classes, phi.dtype)
+        return phi, truth, None if weights is None else weights[span].to(phi)
 
     def value_and_gradient(self, theta: Tensor) -> tuple[float, Tensor]:
         """theta (K, D+1) in the images' type -> (float, (K, D+1))."""
-        value, gradient = self._chunk(theta, *self._chunks[0])
+        value, gradient = negative_log_likelihood(theta[None], *self._chunks[0])
         for chunk in self._chunks[1:]:
-            more, slope = self._chunk(theta, *chunk)
+            more, slope = negative_log_likelihood(theta[None], *chunk)
             value, gradient = value + more, gradient.add_(slope)
         if self.images.group is None:
-            return value.item(), gradient
-        both = self.images.total(torch.cat([value[None], gradient.flatten().double()]))
-        return both[0].item(), both[1:].view_as(gradient).to(gradient.dtype)
-
-    @staticmethod
-    def _chunk(
-        theta: Tensor, phi: Tensor, one_hot: Tensor, true_cells: Tensor, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        log_proba = torch.log_softmax(torch.addmm(theta[:, -1:], theta[:, :-1], phi.T), 0)
-        hit = log_proba.take(true_cells)
-        residual = log_proba.exp_().sub_(one_hot)
-        if weights is not None:
-            hit, residual = hit * weights, residual * weights
-        gradient = torch.cat([residual @ phi, residual.sum(1, keepdim=True)], 1)
-        return -hit.sum(dtype=torch.float64), gradient
+            return value.item(), gradient[0]
+        both = self.images.total(torch.cat([value, gradient.flatten().double()]))
+        return both[0].item(), both[1:].view_as(theta).to(theta.dtype)
 
 
 class WhitenedPotential:
