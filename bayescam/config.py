@@ -278,6 +278,19 @@ _AT_LEAST: dict[str, float] = {
     "explain.num_images": 1,
 }
 
+_AT_MOST: dict[str, float] = {  # beyond what anybody has: a slip of the hand, which would run for years
+    "data.phantom_images": 10_000_000,
+    "data.num_workers": 1024,
+    "data.image_size": 4096,
+    "train.epochs": 100_000,
+    "train.batch_size": 1_000_000,
+    "posterior.num_samples": 1_000_000,
+    "nuts.num_chains": 10_000,
+    "nuts.num_samples": 10_000_000,
+    "nuts.num_warmup": 10_000_000,
+    "explain.num_images": 10_000,
+}
+
 
 def _check_ranges(config: Config) -> None:
     table = asdict(config)
@@ -293,6 +306,8 @@ def _check_ranges(config: Config) -> None:
 
     for name, low in _AT_LEAST.items():
         require(name, partial(operator.le, low), f"at least {low:g}")
+    for name, high in _AT_MOST.items():
+        require(name, partial(operator.ge, high), f"at most {high:.0f}")
     require("seed", lambda value: value < 2**31, "below 2147483648")
     require("train.learning_rate", lambda value: 0 < value < math.inf, "positive and finite")
     for name in ("data.valid", "data.test"):

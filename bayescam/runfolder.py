@@ -14,7 +14,7 @@ from typing import Any
 
 from bayescam.config import Config, read_config, to_toml
 from bayescam.errors import BayescamError, FileFormatError, UsageError
-from bayescam.storage import is_partial, printable, read_json, sha256_of, write_text
+from bayescam.storage import is_file, is_partial, printable, read_json, sha256_of, write_text
 
 _LOCK = ".lock"
 _STAGES = ".stages.json"
@@ -268,18 +268,11 @@ def verified(path: Path, *names: str) -> Path:
     for name in names:
         record = files.get(name) if isinstance(files, dict) else None
         way = "bayescam report writes it again" if name in _REMADE else "restore it or run again"
-        if not isinstance(record, dict) or not _is_file(path / name):
+        if not isinstance(record, dict) or not is_file(path / name):
             raise BayescamError(f"{printable(str(path / name))}: missing; {way}")
         if sha256_of(path / name) != record.get("sha256"):
             raise BayescamError(f"{printable(str(path / name))}: changed since the run wrote it; {way}")
     return path
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that no file can have
-        return False
 
 
 def sealed(path: Path) -> Path:

@@ -50,6 +50,14 @@ def is_partial(path: Path) -> bool:
     return path.name.startswith(".") and _PARTIAL in Path(path.name[1:]).suffixes
 
 
+def is_file(path: Path) -> bool:
+    """Whether a regular file is there; False for a name that no file can have, such as one that is too long."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` atomically."""
     with atomic_path(path) as temporary:

@@ -84,7 +84,7 @@ def work(name: str, seed: int, first: int, rounds: int, seconds: float, keep: Pa
     """Fuzz one reader in this process from round ``first`` on; the journal always names the round that is running."""
     from bayescam.errors import BayescamError
 
-    begun, outcomes = time.monotonic(), Counter()
+    outcomes: Counter[str] = Counter()
     signal.signal(signal.SIGALRM, _hang)
     with tempfile.TemporaryDirectory() as temporary:
         seeds = Path(temporary) / "seeds"
@@ -95,6 +95,7 @@ def work(name: str, seed: int, first: int, rounds: int, seconds: float, keep: Pa
         contents = [(file, file.read_bytes()) for file in files]
         for file in files:
             read(file)
+        begun = time.monotonic()
         for number in range(first, rounds):
             if time.monotonic() - begun > seconds:
                 break

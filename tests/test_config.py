@@ -64,6 +64,8 @@ def test_a_path_that_toml_cannot_hold_is_refused_in_words():
         ("[train]\nepochs = true", "train.epochs must be a whole number, got True"),
         ("seed = -1", "seed must be at least 0"),
         ("seed = 2147483648", "below 2147483648"),
+        ("[data]\nphantom_images = 100000000000", "data.phantom_images must be at most 10000000, got 100000000000"),
+        ("[nuts]\nnum_samples = 1000000000", "nuts.num_samples must be at most 10000000"),
         ("data = 3", "data must be a table"),
         ('preset = "fast"', "preset 'fast' is unknown"),
         ("[data]\nvalid = 0.6\ntest = 0.5", "must leave images to train on"),

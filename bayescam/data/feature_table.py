@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,11 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     if not zipfile.is_zipfile(path):
         raise FileFormatError(f"{path}: not a whole .npz; write it with numpy.savez")
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+        with (
+            path.open("rb") as stream,
+            warnings.catch_warnings(action="ignore"),  # numpy's, of headers that Python 2 wrote
+            np.load(stream, allow_pickle=False) as stored,
+        ):
             arrays = {name: stored[name] for name in stored.files}
     except Exception as error:  # numpy parses headers as Python text: it raises almost anything
         said = printable(" ".join(str(error).split()))

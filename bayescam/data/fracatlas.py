@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bayescam.data.dataset import DataError, Radiograph, RadiographDataset, check_classes
-from bayescam.storage import printable
+from bayescam.storage import is_file, printable
 
 PARTS = ("hand", "hip", "leg", "shoulder")
 VIEWS = ("frontal", "lateral", "oblique")
@@ -50,7 +50,7 @@ def open_fracatlas(
         views = [view for view in VIEWS if _yes(path, number, cells, view)]
         where = f"images/{folder}/{name}"
         records.append(Radiograph(where, PARTS.index(shown[0]), path=place / where, view="+".join(views) or None))
-    missing = [record for record in records if not (place / record.obs_id).is_file()]
+    missing = [record for record in records if not is_file(place / record.obs_id)]
     if missing:
         raise DataError(
             f"{path}: {len(missing)} of {len(records)} images are missing below {place}, first "

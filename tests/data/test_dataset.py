@@ -287,6 +287,7 @@ def test_fracatlas_through_the_manifest_writer(tmp_path):
         ("../1.jpg,1,0,0,0,0,0,0,1,1,1,0,0", "not a file name"),
         ("1.jpg,x,0,0,0,0,0,0,1", "hand is 'x'"),
         ("1.jpg,1,0,0,0,0,0,0,1\n1.jpg,0,1,0,0,0,0,0,0", "listed twice"),
+        (f"{'1' * 300}.jpg,1,0,0,0,0,0,0,1", "1 of 1 images are missing"),  # what a fuzz found: no file's name
     ],
 )
 def test_broken_fracatlas_rows_are_named(tmp_path, row, match):

@@ -140,3 +140,15 @@ def test_absent_truncated_and_foreign_files(tmp_path):
     other.write_bytes(b"x")
     with pytest.raises(FileFormatError, match=r"ends in '\.parquet'"):
         read_features(other, seed=0)
+
+
+def test_an_npz_that_python_2_wrote_is_read_without_a_warning(tmp_path):
+    """Whole numbers ended in L there; numpy reads them and warns."""
+    held = arrays()
+    with zipfile.ZipFile(tmp_path / "f.npz", "w") as packed:
+        for name, array in held.items():
+            stream = io.BytesIO()
+            np.save(stream, array)
+            packed.writestr(f"{name}.npy", stream.getvalue().replace(b"(30,", b"(30L,").replace(b"} ", b"}", 1))
+    read = read_features(tmp_path / "f.npz", seed=0)
+    assert np.array_equal(read.features, held["features"][read.rows])
