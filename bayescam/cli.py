@@ -49,8 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _say_and(status: int, parsed: argparse.Namespace, message: str) -> int:
     if parsed.debug:
         traceback.print_exc()
-    print(f"bayescam: {printable(' '.join(message.split()), 2000)}", file=sys.stderr)
+    print(f"bayescam: {_own_name()}{printable(' '.join(message.split()), 2000)}", file=sys.stderr)
     return status
+
+
+def _own_name() -> str:
+    """ "rank 3: " before what one of several processes says."""
+    return f"rank {os.environ.get('RANK', '?')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,6 +31,7 @@ PATIENCE = "BAYESCAM_PATIENCE"
 _MINUTES = 30.0
 _WORDS = 1024
 _LOST = re.compile(r"gloo|nccl|connection|store|timed out|timeout", re.IGNORECASE)
+_REAPED = 1.0  # seconds in which the parent of a dead process has noticed
 _T = TypeVar("_T")
 
 
@@ -83,7 +88,9 @@ def _begin(backend: str, timeout: timedelta) -> dist.Store:
         dist.init_process_group(backend, store=meeting, rank=own, world_size=count, timeout=timeout)
     except (ValueError, RuntimeError) as error:
         raise UsageError(f"the ranks cannot meet ({_line(error)}); start them with torchrun") from error
-    return dist.PrefixStore("bayescam", store)
+    shared = dist.PrefixStore("bayescam", store)
+    shared.set(f"process {own}", json.dumps([socket.gethostname(), os.getpid()]))
+    return shared
 
 
 def _of_this_rank(error: Exception, store: dist.Store) -> Exception:
@@ -93,13 +100,46 @@ def _of_this_rank(error: Exception, store: dist.Store) -> Exception:
     except RuntimeError:  # the store died with its host
         first = True
     if not first:
-        return RankError(f"rank {rank(dist.group.WORLD)} stopped after another rank: {_line(error)}", told=True)
+        return RankError(f"stopped after another rank: {_line(error)}", told=True)
     if isinstance(error, RuntimeError) and not isinstance(error, BayescamError) and _LOST.search(str(error)):
+        dead = _dead(store)
+        said = re.sub(r"^\[\S+\] ", "", _line(error)).split(". ")[0][:200]
         return RankError(
-            f"rank {rank(dist.group.WORLD)} lost another rank ({_line(error)[:300]}): it died, or was busy for longer "
-            f"than {PATIENCE}={_patience():g} minutes; look for its last words, then start again with --resume"
+            f"lost rank {dead}, whose process has died ({said}); look for its last words and at the memory, then start "
+            "again with --resume"
+            if dead is not None
+            else f"lost another rank ({said}): it died elsewhere, or was busy for longer than {PATIENCE}="
+            f"{_patience():g} minutes; look for its last words, then start again with --resume"
         )
     return error
+
+
+def _dead(store: dist.Store) -> int | None:
+    """The first rank on this machine whose process is gone, or is by the time its parent has noticed."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all ranks now; this one has something to say
+    keys = [f"process {other}" for other in range(size(dist.group.WORLD))]
+    try:
+        processes: list[Any] = [json.loads(store.get(key)) if store.check([key]) else ["", 0] for key in keys]
+    except RuntimeError:
+        return None
+    until = time.monotonic() + _REAPED
+    while os.name == "posix" and time.monotonic() < until:
+        for other, (host, process) in enumerate(processes):
+            if host == socket.gethostname() and not _lives(process):
+                return other
+        time.sleep(0.02)
+    return None
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _line(error: BaseException) -> str:
