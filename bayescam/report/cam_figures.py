@@ -11,23 +11,32 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from scipy.ndimage import gaussian_filter
 
 from bayescam.data.pixels import Geometry
 from bayescam.explain.cam import CamPosterior
 from bayescam.report.cam_panels import CasePanels, caption, case_panels, shared_limit, shared_spread
+from bayescam.report.cam_tiles import (
+    CHANCE,
+    INK,
+    SIGNED,
+    SPREAD,
+    SURE,
+    contour_handles,
+    draw_chance,
+    draw_mean,
+    draw_radiograph,
+    draw_sd,
+    short,
+    value_suppressing,
+)
 from bayescam.storage import printable
 
-SIGNED, SPREAD, CHANCE = "RdBu_r", "cividis", "PuOr_r"
-_INK, _LINE = "0.15", "0.45"
-_SURE = (0.75, 0.9, 0.975)
+_MOST_CLASSES = 12
 
 
 def case_figure(
@@ -84,28 +93,30 @@ def draw_case(
 ) -> Figure:
     """``case_figure`` from panels already made."""
     limit, spread = limit or shared_limit([case]), spread or shared_spread([case])
-    aspect = case.image.shape[0] / case.image.shape[1]
+    height = 2.45 * min(case.image.shape[0] / case.image.shape[1], 1.8)
     count = 4 if case.probabilities is None else 5
-    panels = 2.4 * min(aspect, 1.8) + 1.5
-    figure = _figure(2.75 * count, panels + 0.65)
-    grid = figure.add_gridspec(2, 1, height_ratios=[panels, 0.65])
+    figure = _figure(2.75 * count, height + 2.2)
+    figure.get_layout_engine().set(wspace=0.05)  # type: ignore[union-attr, call-arg]
+    grid = figure.add_gridspec(2, 1, height_ratios=[height + 1.5, 0.7])
     top, bottom = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
-    axes = top.subplots(1, count)
+    panels, bars = top.subplots(2, count, height_ratios=[height, 0.4])
+    for axis in bars:
+        axis.set_axis_off()
     _title(top, case.title)
-    _radiograph(axes[0], case, "radiograph")
-    _mean(axes[1], case, limit, suppress, f"evidence for {case.classes[case.label]}, mean")
-    _sd(axes[2], case, spread, "its posterior sd")
-    _chance(axes[3], case, level, "P(evidence > 0)")
+    draw_radiograph(panels[0], case, "radiograph")
+    draw_mean(panels[1], case, limit, suppress, f"evidence for {short(case.classes[case.label], 16)}, mean")
+    draw_sd(panels[2], case, spread, "its posterior sd")
+    draw_chance(panels[3], case, level, "P(evidence > 0)")
     if suppress:
-        _suppressing_key(top, axes[1], limit)
+        _suppressing_key(bars[1], limit)
     else:
-        _bar(top, axes[1], SIGNED, Normalize(-limit, limit), "logits")
-    _bar(top, axes[2], SPREAD, Normalize(0, spread), "logits")
+        _bar(bars[1], SIGNED, Normalize(-limit, limit), "logits")
+    _bar(bars[2], SPREAD, Normalize(0, spread), "logits")
     jointly = "" if case.joint is None else f"; solid: {level:.0%} jointly"
-    _bar(top, axes[3], CHANCE, Normalize(0, 1), f"probability\ndashed: {level:.0%} at each point{jointly}")
+    _bar(bars[3], CHANCE, Normalize(0, 1), f"probability\ndashed: {level:.0%} at each point{jointly}")
     if case.probabilities is not None:
-        _probabilities(axes[4], case, aspect)
-    _words(bottom, caption(case, level=level), width=int(13.5 * figure.get_figwidth()))
+        _probabilities(panels[4], case)
+    _words(bottom, caption(case, level=level), width=int(17 * figure.get_figwidth()))
     return figure
 
 
@@ -136,16 +147,16 @@ def gallery_figure(
     for number, case in enumerate(cases):
         row, column = divmod(number, columns)
         radiograph, mean, sd, chance = tiles[row, 5 * column : 5 * column + 4]
-        _radiograph(radiograph, case, case.title)
-        _mean(mean, case, limit, False, _heading(case))
-        _sd(sd, case, spread, "sd")
-        _chance(chance, case, level, "P(evidence > 0)")
+        draw_radiograph(radiograph, case, short(case.title, 18))
+        draw_mean(mean, case, limit, False, _heading(case))
+        draw_sd(sd, case, spread, "sd")
+        draw_chance(chance, case, level, "P(evidence > 0)")
     words, *bars = scales.subplots(1, 4, width_ratios=[0.6, 1, 1, 1])
     words.set_axis_off()
     named = (
-        (SIGNED, Normalize(-limit, limit), "mean evidence, logits (0: the average class)"),
+        (SIGNED, Normalize(-limit, limit), "mean evidence, logits\n(0: the average class)"),
         (SPREAD, Normalize(0, spread), "posterior sd, logits"),
-        (CHANCE, Normalize(0, 1), f"P(evidence > 0); contours at {level:.0%}"),
+        (CHANCE, Normalize(0, 1), f"P(evidence > 0)\ncontours at {level:.0%}"),
     )
     for axis, (colours, norm, text) in zip(bars, named, strict=True):
         axis.set_axis_off()
@@ -154,25 +165,9 @@ def gallery_figure(
         )
         bar.set_label(text, fontsize=8)
         bar.ax.tick_params(labelsize=7)
-    handles = _contour_handles(level, any(case.joint is not None for case in cases))
+    handles = contour_handles(level, any(case.joint is not None for case in cases))
     words.legend(handles=handles, loc="center", fontsize=7, frameon=False)
     return figure
-
-
-def value_suppressing(mean: np.ndarray, sureness: np.ndarray, limit: float) -> np.ndarray:
-    """Colours (..., 3) of a value-suppressing palette: the less sure the sign, the fewer and the greyer the colours.
-
-    Sureness is P(the sign is that of the mean); from 0.975 up there are 8 colours from -limit to limit, from 0.9 up 4,
-    from 0.75 up 2, and one grey below. (The sd itself would not do: it grows with the evidence.)
-
-    Source: Correll, Moritz and Heer 2018.
-    """
-    step = 3 - np.searchsorted(_SURE, sureness, side="right")
-    bins = 8 >> step
-    at = np.clip(np.floor((mean / limit + 1) / 2 * bins), 0, bins - 1)
-    colours = colormaps[SIGNED]((at + 0.5) / bins)[..., :3]
-    grey = np.array([0.86, 0.86, 0.86])
-    return colours + (grey - colours) * (step / 3)[..., None]
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -181,131 +176,51 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _extent(case: CasePanels) -> tuple[float, float, float, float]:
-    height, width = case.image.shape
-    return (0, width, height, 0)
-
-
-def _radiograph(axis: Axes, case: CasePanels, title: str) -> None:
-    axis.imshow(case.image, cmap="gray", vmin=0, vmax=1, extent=_extent(case), interpolation="nearest")
-    _frame(axis, title)
-
-
-def _mean(axis: Axes, case: CasePanels, limit: float, suppress: bool, title: str) -> None:
-    if suppress:
-        picture: dict[str, Any] = {"X": value_suppressing(case.mean, case.sureness, limit)}
-    else:
-        picture = {"X": case.mean, "cmap": SIGNED, "vmin": -limit, "vmax": limit}
-    axis.imshow(**picture, extent=_extent(case), interpolation="nearest")
-    _anatomy(axis, case)
-    if case.is_flat:
-        axis.text(0.5, 0.5, "flat map", transform=axis.transAxes, ha="center", va="center", fontsize=9, color=_INK)
-    _frame(axis, title)
-
-
-def _sd(axis: Axes, case: CasePanels, spread: float, title: str) -> None:
-    axis.imshow(case.sd, cmap=SPREAD, vmin=0, vmax=spread, extent=_extent(case), interpolation="nearest")
-    _anatomy(axis, case)
-    if float(case.sd.max()) == 0:
-        axis.text(0.5, 0.5, "sd is 0", transform=axis.transAxes, ha="center", va="center", fontsize=9, color="white")
-    _frame(axis, title)
-
-
-def _chance(axis: Axes, case: CasePanels, level: float, title: str) -> None:
-    axis.imshow(case.above, cmap=CHANCE, vmin=0, vmax=1, extent=_extent(case), interpolation="nearest")
-    _anatomy(axis, case)
-    _contour(axis, case, case.above, level, "dashed")
-    if case.joint is not None:
-        _contour(axis, case, case.joint, level, "solid")
-    _frame(axis, title)
-
-
-def _contour(axis: Axes, case: CasePanels, values: np.ndarray, level: float, style: str) -> None:
-    """The outline of values >= level; the picture's border closes it, so that a region at the edge is whole."""
-    if not values.min() < level <= values.max():
-        return
-    if not case.interpolated:
-        values = np.kron(values, np.ones((16, 16)))
-    height, width = case.image.shape
-    y = (np.arange(values.shape[0]) + 0.5) * height / values.shape[0]
-    x = (np.arange(values.shape[1]) + 0.5) * width / values.shape[1]
-    axis.contour(x, y, values, levels=[level], colors="black", linewidths=1.3, linestyles=style)
-
-
-def _anatomy(axis: Axes, case: CasePanels) -> None:
-    """Thin outlines of the radiograph, which leave the colours as they are."""
-    smooth = gaussian_filter(case.image, 0.015 * max(case.image.shape))
-    if np.ptp(smooth) < 1e-3:
-        return
-    levels = np.unique(np.quantile(smooth[smooth > smooth.min()], [0.35, 0.75]))
-    height, width = case.image.shape
-    x, y = np.arange(width) + 0.5, np.arange(height) + 0.5
-    axis.contour(x, y, smooth, levels=levels, colors=_LINE, linewidths=0.5, alpha=0.8)
-
-
-def _contour_handles(level: float, joint: bool) -> list[Line2D]:
-    dashed = Line2D([], [], color="black", linestyle="dashed", linewidth=1.2, label=f"{level:.0%} at each point")
-    solid = Line2D([], [], color="black", linewidth=1.2, label=f"{level:.0%} jointly")
-    return [dashed, solid] if joint else [dashed]
-
-
-def _probabilities(axis: Axes, case: CasePanels, aspect: float) -> None:
+def _probabilities(axis: Axes, case: CasePanels) -> None:
+    """Bars of the classes in their order, or of the likeliest where they are many."""
     assert case.probabilities is not None
-    places = np.arange(len(case.classes))
-    colours = ["#2166ac" if k == case.label else "0.7" for k in places]
-    axis.barh(places, case.probabilities, color=colours)
-    axis.set_yticks(places, case.classes, fontsize=7.5, parse_math=False)
+    chances, chosen, title = np.array(case.probabilities), np.arange(len(case.classes)), "posterior predictive"
+    if len(chosen) > _MOST_CLASSES:
+        chosen = np.argsort(-chances, kind="stable")[:_MOST_CLASSES]
+        title += f", {_MOST_CLASSES} likeliest of {len(chances)}"
+    places = np.arange(len(chosen))
+    axis.barh(places, chances[chosen], color=["#2166ac" if k == case.label else "0.7" for k in chosen])
+    axis.set_yticks(places, [short(case.classes[k], 16) for k in chosen], fontsize=7.5, parse_math=False)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.28)
     axis.set_xticks([])
-    for place, value in enumerate(case.probabilities):
+    for place, value in enumerate(chances[chosen].tolist()):
         axis.text(value + 0.03, place, f"{value:.3f}", va="center", fontsize=7.5)
     axis.spines[["top", "right", "bottom"]].set_visible(False)
-    axis.set_box_aspect(min(aspect, 1.6))
-    axis.set_title("posterior predictive", fontsize=9, parse_math=False)
+    axis.set_title(title, fontsize=8.5, parse_math=False)
 
 
-def _bar(parent: Any, axis: Axes, colours: str, norm: Normalize, unit: str, *, height: float = 0.05) -> Axes:
-    bar = parent.colorbar(
-        ScalarMappable(norm, colours),
-        ax=axis,
-        orientation="horizontal",
-        fraction=height,
-        pad=0.03,
-        shrink=0.85,
-        aspect=1 / height,
-    )
+def _bar(axis: Axes, colours: str, norm: Normalize, unit: str) -> None:
+    """A colour bar with its unit in an axis of its own."""
+    axis.set_axis_on()
+    axis.set_box_aspect(0.05)
+    axis.set_anchor("N")
+    bar = axis.figure.colorbar(ScalarMappable(norm, colours), cax=axis, orientation="horizontal")
     bar.set_label(unit, fontsize=7.5)
     bar.ax.tick_params(labelsize=7)
-    return bar.ax
 
 
-def _suppressing_key(parent: Any, axis: Axes, limit: float) -> None:
+def _suppressing_key(axis: Axes, limit: float) -> None:
     """The key of the value-suppressing palette: the mean to the right, sureness of its sign upwards."""
-    key = _bar(parent, axis, SIGNED, Normalize(-limit, limit), "", height=0.15)
-    key.clear()
-    steps = np.array([*_SURE[::-1], 0.5])
+    axis.set_axis_on()
+    steps = np.array([*SURE[::-1], 0.5])
     mean, sureness = np.meshgrid(np.linspace(-limit, limit, 161)[:-1] + limit / 160, steps)
-    key.imshow(value_suppressing(mean, sureness, limit), extent=(-limit, limit, 4, 0), aspect="auto")
-    key.set_xlabel("mean, logits; upwards: P(its sign)", fontsize=7.5)
-    key.set_yticks([1, 2, 3], [f"{step:g}" for step in steps[:-1]])
-    key.tick_params(labelsize=6, length=2)
+    axis.imshow(value_suppressing(mean, sureness, limit), extent=(-limit, limit, 4, 0), aspect="auto")
+    axis.set_box_aspect(0.15)
+    axis.set_anchor("N")
+    axis.set_xlabel("mean, logits; upwards: P(its sign)", fontsize=7.5)
+    axis.set_yticks([1, 2, 3], [f"{step:g}" for step in steps[:-1]])
+    axis.tick_params(labelsize=7, length=2)
 
 
 def _heading(case: CasePanels) -> str:
-    name = case.classes[case.label]
+    name = "for " + short(case.classes[case.label], 12)
     return name if case.probabilities is None else f"{name}, p = {case.probabilities[case.label]:.2f}"
-
-
-def _frame(axis: Axes, title: str) -> None:
-    axis.set_axis_on()
-    axis.set_xticks([])
-    axis.set_yticks([])
-    for spine in axis.spines.values():
-        spine.set_color("0.8")
-        spine.set_linewidth(0.5)
-    axis.set_anchor("N")
-    axis.set_title(title, fontsize=8.5, parse_math=False)
 
 
 def _title(parent: Any, title: str) -> None:
@@ -314,4 +229,4 @@ def _title(parent: Any, title: str) -> None:
 
 
 def _words(parent: Any, text: str, width: int) -> None:
-    parent.text(0.01, 0.95, textwrap.fill(text, width), fontsize=8, va="top", ha="left", color=_INK, parse_math=False)
+    parent.text(0.01, 0.95, textwrap.fill(text, width), fontsize=8, va="top", ha="left", color=INK, parse_math=False)

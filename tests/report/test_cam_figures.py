@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from bayescam.data.pixels import Geometry
 from bayescam.explain.cam import CamPosterior
 from bayescam.posterior.covariance import DiagCovariance
 from bayescam.posterior.laplace import Laplace
 from bayescam.report.cam_coverage import coverage_figure
-from bayescam.report.cam_figures import case_figure, draw_case, gallery_figure, value_suppressing
+from bayescam.report.cam_figures import case_figure, draw_case, gallery_figure
 from bayescam.report.cam_panels import CasePanels, caption, case_panels, cell_panels, shared_limit
+from bayescam.report.cam_tiles import value_suppressing
 
 K, D = 3, 5
 CLASSES = ("elbow", "hand", "wrist")
@@ -94,6 +96,32 @@ def test_the_panels_are_the_posterior_in_the_images_own_pixels():
 @pytest.mark.parametrize("shape", [(60, 40), (30, 90), (50, 50)])
 def test_any_aspect_draws_without_a_warning(shape):
     draw_case(_case(*shape)).canvas.draw()
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (30, 90)])
+@pytest.mark.parametrize("columns", [0, 1, 2])
+def test_no_words_lie_over_others_or_leave_the_picture(shape, columns, monkeypatch):
+    """Long names of classes and files; columns 0: one case, else a gallery."""
+    case = _case(*shape, classes=tuple(f"class {k} with a name that is long" for k in range(K)), title="a" * 80)
+    figure = gallery_figure([case, case], columns=columns) if columns else draw_case(case)
+    figure.canvas.draw()
+    drawn, draw = [], Text.draw
+    monkeypatch.setattr(Text, "draw", lambda text, renderer: (drawn.append(text), draw(text, renderer)))
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in drawn if text.get_visible() and text.get_text()]
+    assert len(boxes) > 20
+    whole = figure.bbox
+    for number, box in enumerate(boxes):
+        assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+        assert whole.y0 <= box.y0 < box.y1 <= whole.y1
+        assert not any(box.overlaps(other) for other in boxes[:number])
+
+
+def test_of_many_classes_the_likeliest_are_shown():
+    case = _case(classes=tuple(f"class {k}" for k in range(30)), probabilities=tuple((k + 1) / 465 for k in range(30)))
+    axes = _all_axes(draw_case(case))[4]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == [f"class {k}" for k in range(29, 17, -1)]
+    assert axes.get_title() == "posterior predictive, 12 likeliest of 30"
 
 
 def test_a_flat_map_is_flat_with_a_word():
