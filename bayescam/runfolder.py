@@ -122,7 +122,8 @@ def opened(
         raise UsageError(f"--out {path}: the folder is not empty and not a run ({printable(held[0])}); name another")
     if held and not resume and not overwrite:
         raise UsageError(f"--out {path}: the folder is not empty; name another, or say --resume or --overwrite")
-    if overwrite:
+    if overwrite and held:
+        _refuse_other_program(path)
         refuse_foreign(path, held, WRITTEN)
     config = _config(path, config_file, overrides, resume=resume and ours)
     with locked(path):
@@ -135,6 +136,16 @@ def opened(
         if not ours or not resume:
             write_text(path / "config.toml", to_toml(config))
         yield RunFolder(path), config
+
+
+def _refuse_other_program(path: Path) -> None:
+    """Refuse to empty a folder whose ``config.toml`` no run wrote; other programs have files of that name too."""
+    try:
+        read_config(path / "config.toml", {})
+    except UsageError as error:
+        raise UsageError(
+            f"--out {path}: its config.toml is not that of a run ({error}); name another, or remove the folder yourself"
+        ) from error
 
 
 def refuse_foreign(path: Path, held: Sequence[str], written: Collection[str]) -> None:

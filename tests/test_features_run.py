@@ -1,17 +1,23 @@
 """``bayescam posterior``: from a file of features to the verdict."""
 
 import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import xarray as xr
 
+from bayescam import features_run
 from bayescam.cli import main
-from bayescam.errors import UsageError
-from bayescam.features_run import FeaturesSettings, run_features
+from bayescam.errors import BayescamError, FileFormatError, UsageError
+from bayescam.features_run import FeaturesSettings, check_folder, run_features
 from bayescam.posterior import nuts_run
 from bayescam.posterior.laplace import load_laplace
 from bayescam.posterior.nuts import Nuts, SamplingInterrupted
+from bayescam.runfolder import RunFolder, locked
+from bayescam.storage import write_text
 
 SMALL = FeaturesSettings(prior_precision=0.5, num_chains=2, num_samples=120, num_warmup=60, num_laplace_samples=50)
 FLAGS = ["--prior-precision", "0.5", "--num-chains", "2", "--num-samples", "120", "--num-warmup", "60"]
@@ -60,13 +66,117 @@ def test_command_line_leaves_the_verdict_and_every_file(features, tmp_path, caps
     assert not (out / ".scratch").exists()
     sealed = json.loads((out / "run.json").read_text())["files"]
     assert {"metrics.json", "posterior/nuts.nc", "settings.json"} <= set(sealed)
-    again = ["posterior", "--features", str(features), "--out", str(out), "--sample-tau", *FLAGS, "--resume"]
-    (out / "table.md").write_text("other")
-    assert main(again) == 1
-    assert "changed since the run wrote it" in capsys.readouterr().err
 
 
-def test_settings_of_the_file_and_the_folder(features, tmp_path):
+@pytest.fixture
+def sealing(monkeypatch):
+    """Runs that fit nothing: they write two files and seal the folder."""
+
+    def stages(table, out, settings, num_workers):
+        write_text(out / "metrics.json", "{}")
+        write_text(out / "posterior/laplace.nc", "draws")
+        RunFolder(out).complete({"seed": settings.seed})
+        return "done"
+
+    monkeypatch.setattr(features_run, "_stages", stages)
+
+
+def test_a_second_process_is_refused_and_the_lock_dies_with_the_first(features, tmp_path, sealing):
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom bayescam.runfolder import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('in', flush=True)\n    time.sleep(60)\n"
+    )
+    out = tmp_path / "out"
+    holder = subprocess.Popen([sys.executable, "-c", script, str(out)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline().strip() == "in"
+        for options in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(BayescamError, match="another run is working in this folder"):
+                run_features(features, out, SMALL, **options)
+        assert [path.name for path in out.iterdir()] == [".lock"]
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    assert run_features(features, out, SMALL) == "done"
+    with locked(out):
+        pass
+
+
+def test_resuming_a_complete_run_names_the_file_that_was_changed_by_one_byte(features, tmp_path, sealing):
+    out = tmp_path / "out"
+    run_features(features, out, SMALL)
+    sealed = json.loads((out / "run.json").read_text())["files"]
+    assert set(sealed) == {"settings.json", "metrics.json", "posterior/laplace.nc"}
+    assert "complete; nothing to do" in run_features(features, out, SMALL, resume=True)
+    for name in set(sealed) - {"settings.json"}:
+        whole = (out / name).read_bytes()
+        (out / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(BayescamError, match=rf"{name}: changed since the run wrote it"):
+            run_features(features, out, SMALL, resume=True)
+        (out / name).unlink()
+        with pytest.raises(BayescamError, match=rf"{name}: missing"):
+            run_features(features, out, SMALL, resume=True)
+        (out / name).write_bytes(whole)
+    (out / "settings.json").write_text((out / "settings.json").read_text() + " ")
+    with pytest.raises(BayescamError, match=r"settings\.json: changed"):
+        run_features(features, out, SMALL, resume=True)
+
+
+def test_overwriting_replaces_the_run_and_all_that_is_of_it(features, tmp_path, sealing):
+    out = tmp_path / "out"
+    run_features(features, out, SMALL)
+    write_text(out / "table.md", "of the earlier run")
+    write_text(out / ".scratch/nuts/chain-0.safetensors", "of the earlier run")
+    (out / ".x.partial.json").write_text("of a run that was killed")
+    run_features(features, out, replace(SMALL, seed=5), overwrite=True)
+    assert json.loads((out / "settings.json").read_text())["seed"] == 5
+    assert {path.name for path in out.iterdir()} == {".lock", "settings.json", "metrics.json", "posterior", "run.json"}
+
+
+DECISIVE = {**asdict(SMALL), "features_sha256": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("settings", "beside", "options", "error", "said"),
+    [
+        (None, "mine.txt", {}, UsageError, r"not such a run \(mine\.txt\); name another"),
+        (None, "mine.txt", {"overwrite": True}, UsageError, "not such a run"),
+        (None, "\x1b[31m\n.txt", {}, UsageError, r"\\x1b\[31m\\n\.txt"),
+        ('{"editor.tabSize": 4}', None, {"overwrite": True}, UsageError, "not such a run"),
+        (DECISIVE, None, {}, UsageError, "not empty; name another, or say --resume or --overwrite"),
+        (DECISIVE, "mine.txt", {"overwrite": True}, UsageError, r"holds mine\.txt, which no run wrote"),
+        (DECISIVE | {"seed": 7}, None, {"resume": True}, UsageError, "seed was 7 and is now 0"),
+        (DECISIVE | {"features_sha256": "1"}, None, {"resume": True}, UsageError, "features_sha256 was '1'"),
+        (DECISIVE | {"prior_precision": "evidence"}, None, {"resume": True}, UsageError, "prior_precision was 'evid"),
+        ("[]", None, {"resume": True}, FileFormatError, r"settings\.json: holds no JSON object"),
+        ("{", None, {"resume": True}, FileFormatError, r"settings\.json: not readable as JSON"),
+    ],
+)
+def test_a_folder_that_is_not_this_run_is_refused_and_left_as_it_is(tmp_path, settings, beside, options, error, said):
+    if settings is not None:
+        (tmp_path / "settings.json").write_text(settings if isinstance(settings, str) else json.dumps(settings))
+    if beside is not None:
+        (tmp_path / beside).write_text("precious")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(error, match=said) as caught:
+        check_folder(tmp_path, DECISIVE, **{"resume": False, "overwrite": False, **options})
+    assert "\n" not in str(caught.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_is_this_run_or_empty_is_taken(tmp_path):
+    flags = {"resume": True, "overwrite": False}
+    assert check_folder(tmp_path / "new", DECISIVE, **flags) == []
+    (tmp_path / ".lock").write_text("")
+    (tmp_path / ".x.partial.json").write_text("half")
+    assert check_folder(tmp_path, DECISIVE, resume=False, overwrite=False) == []
+    (tmp_path / "settings.json").write_text(json.dumps(DECISIVE))
+    assert check_folder(tmp_path, DECISIVE, **flags) == ["settings.json"]
+    assert check_folder(tmp_path, DECISIVE | {"seed": 9}, resume=False, overwrite=True) == ["settings.json"]
+
+
+def test_settings_of_the_file_and_the_folder(features, tmp_path, sealing):
     out = tmp_path / "out"
     run_features(features, out, SMALL)
     with pytest.raises(UsageError, match="not empty"):
@@ -91,35 +201,40 @@ def test_settings_of_the_file_and_the_folder(features, tmp_path):
 
 def test_interrupted_run_resumes_to_the_same_numbers(features, tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run_features(features, whole, SMALL)
+    short = replace(SMALL, num_samples=30, num_warmup=30)
+    run_features(features, whole, short)
     seen, advance = [0], nuts_run.Progress.advance
 
     def press(self, *args):
         seen[0] += 1
-        if seen[0] == 250:
+        if seen[0] == 90:
             raise KeyboardInterrupt
         advance(self, *args)
 
     monkeypatch.setattr(nuts_run.Progress, "advance", press)
     with pytest.raises(SamplingInterrupted, match="1 of 2 chains complete"):
-        run_features(features, broken, SMALL)
+        run_features(features, broken, short)
     monkeypatch.undo()
     assert (broken / ".scratch/nuts/chain-0.safetensors").is_file()
-    run_features(features, broken, SMALL, resume=True)
+    run_features(features, broken, short, resume=True)
     for name in ("comparison.json", "metrics.json"):
         assert (whole / name).read_text() == (broken / name).read_text()
-    assert "complete; nothing to do" in run_features(features, broken, SMALL, resume=True)
+    assert "complete; nothing to do" in run_features(features, broken, short, resume=True)
 
 
-def test_standardise_makes_the_scale_of_a_column_irrelevant(features, tmp_path):
+def test_standardise_makes_the_scale_of_a_column_irrelevant(features, tmp_path, monkeypatch):
     with np.load(features) as stored:
         phi, labels = stored["features"], stored["labels"]
     np.savez(tmp_path / "big.npz", features=phi * [1, 1e4, 1e-3] + [0, 5, -1], labels=labels)
-    settings = FeaturesSettings(**{**vars(SMALL), "standardise": True})
-    run_features(features, tmp_path / "a", settings)
-    run_features(tmp_path / "big.npz", tmp_path / "b", settings)
-    a, b = (json.loads((tmp_path / name / "metrics.json").read_text())["methods"] for name in "ab")
-    assert a["laplace_full"]["nll"] == pytest.approx(b["laplace_full"]["nll"], rel=1e-6)
+    seen = []
+    monkeypatch.setattr(features_run, "_stages", lambda table, *rest: seen.append(table) or "")
+    for number, path in enumerate((features, tmp_path / "big.npz")):
+        run_features(path, tmp_path / str(number), replace(SMALL, standardise=True))
+    for part in ("features", "test_features"):
+        one, other = (getattr(table, part) for table in seen)
+        np.testing.assert_allclose(one, other, atol=1e-9)
+    np.testing.assert_allclose(seen[0].features.mean(0), 0, atol=1e-12)
+    np.testing.assert_allclose(seen[0].features.std(0), 1)
 
 
 @pytest.mark.parametrize(

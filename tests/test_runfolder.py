@@ -51,6 +51,12 @@ def test_overwrite_keeps_its_hands_off_a_project_that_has_a_config_toml(tmp_path
     for options in ({"overwrite": True}, {"resume": True}, {}):
         with pytest.raises(UsageError, match="not a run"), _open(tmp_path / "site", **options):
             pass
+    (tmp_path / "jobs").mkdir()
+    for name, content in (("config.toml", 'title = "nightly"'), ("run.json", '{"jobs": []}')):
+        (tmp_path / "jobs" / name).write_text(content)
+    with pytest.raises(UsageError, match=r"not that of a run .*title"), _open(tmp_path / "jobs", overwrite=True):
+        pass
+    assert (tmp_path / "jobs/run.json").read_text() == '{"jobs": []}'
     with _open(tmp_path / "r") as (folder, _):
         write_text(folder / "metrics.json", "{}")
     (tmp_path / "r/thesis.tex").write_text("years of work")
