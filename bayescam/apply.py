@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bayescam.backbone.network import Backbone
-from bayescam.data.image import read_image
+from bayescam.data.image import ImageError, read_image
 from bayescam.data.pixels import Geometry
 from bayescam.doctor import resolve_device
 from bayescam.errors import BayescamError, UsageError
@@ -90,7 +90,15 @@ def load_run(run: Path, *, device: str = "auto") -> LoadedRun:
 
 def _squares(run: LoadedRun, paths: Sequence[str]) -> tuple[list[np.ndarray], list[Geometry], Tensor]:
     """The images as read, where each lies in its square, and the squares (N, 1, S, S)."""
-    images = [read_image(path) for path in paths]
+    images, unreadable = [], []
+    for path in paths:
+        try:
+            images.append(read_image(path))
+        except ImageError as error:
+            unreadable.append(error)
+    if unreadable:
+        named = "; ".join(map(str, unreadable))
+        raise BayescamError(f"{len(unreadable)} of {len(paths)} images cannot be read: {named}; leave them out")
     size = run.backbone.image_size
     geometries = [Geometry.fit(image.shape[0], image.shape[1], size) for image in images]
     squares = [geometry.to_square(image) for geometry, image in zip(geometries, images, strict=True)]
@@ -101,7 +109,7 @@ def predict_images(run: LoadedRun, paths: Sequence[str]) -> list[Prediction]:
     """Class probabilities with 90 % credible intervals, entropy and mutual information, in the order of ``paths``.
 
     Raises:
-        ImageError: an image that cannot be read; nothing is predicted.
+        BayescamError: images that cannot be read, all of them named; nothing is predicted.
     """
     from bayescam.diagnose.calibration import entropy
 
@@ -156,13 +164,17 @@ def explain_images(
     The files are numbered in the order of ``paths``: no output name is made from an input name.
 
     Raises:
-        ImageError: an image that cannot be read.
-        UsageError: unknown label, or a picture is there already.
+        BayescamError: images that cannot be read, all of them named.
+        UsageError: unknown label, a picture is there already, or ``out`` is a file or a run folder.
     """
     from bayescam.report.cam_figures import case_figure
 
     if label is not None and label not in run.classes:
         raise UsageError(f"--label {label!r}: not a class of this run; take one of {', '.join(run.classes)}")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: is a file; name a folder")
+    if (out / "run.json").exists():
+        raise UsageError(f"--out {out}: is a run folder, which holds its own files alone; name another")
     files = [out / f"cam-{number:03d}.png" for number in range(1, len(paths) + 1)]
     standing = [file for file in files if file.exists()]
     if standing and not overwrite:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -40,10 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     except RankError as error:
         return FAILED if error.told else _say_and(FAILED, parsed, str(error))
-    except (BayescamError, OSError) as error:
+    except BayescamError as error:
         return _say_and(FAILED, parsed, str(error))
-    except ValueError as error:
-        return _say_and(FAILED, parsed, f"{error} (--debug shows where)")
+    except (OSError, MemoryError, RuntimeError, ValueError) as error:
+        words = _in_words(error)
+        if words is None:
+            raise
+        return _say_and(FAILED, parsed, words)
 
 
 def _say_and(status: int, parsed: argparse.Namespace, message: str) -> int:
@@ -56,6 +60,32 @@ def _say_and(status: int, parsed: argparse.Namespace, message: str) -> int:
 def _own_name() -> str:
     """ "rank 3: " before what one of several processes says."""
     return f"rank {os.environ.get('RANK', '?')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+
+
+_WAYS = {
+    errno.ENOSPC: "make room, then go on (a run: --resume)",
+    errno.EDQUOT: "make room, then go on (a run: --resume)",
+    errno.EFBIG: "raise the limit on file sizes, then go on (a run: --resume)",
+    errno.EACCES: "get the right to it, or name another place",
+    errno.EPERM: "get the right to it, or name another place",
+    errno.EROFS: "name a place that can be written",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOMEM: "free memory or give smaller numbers",
+}
+
+
+def _in_words(error: Exception) -> str | None:
+    """What went wrong and the next step; None for an error in the program itself."""
+    if isinstance(error, OSError):
+        if error.errno is None or error.strerror is None:
+            return str(error)
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return f"{where}{error.strerror}; {_WAYS.get(error.errno, 'name another place')}"
+    if isinstance(error, ValueError):
+        return f"{error} (--debug shows where)"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "alloc" in str(error):
+        return f"not enough memory ({error}); free some, or take fewer or smaller images (--limit, data.image_size)"
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:

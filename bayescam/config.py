@@ -167,7 +167,7 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UsageError(f"--config {path}: no such file") from error
+        raise UsageError(f"--config {path}: no such file; give a TOML file such as a run's config.toml") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"--config {path}: not a readable TOML file ({error})") from error
     for name in _PATHS:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from bayescam import __version__
 from bayescam.errors import UsageError
@@ -126,12 +129,13 @@ def run_features(
 
     Raises:
         FileFormatError: the features cannot be read.
-        UsageError: the folder is not usable.
+        UsageError: a setting is out of range, or the folder is not usable.
         BayescamError: another process runs in it, or (on resume) a file of a complete run is not what it was.
     """
     from bayescam.data.feature_table import read_features
 
     settings = settings or FeaturesSettings()
+    _check_ranges(settings, num_workers)
     table = read_features(path, seed=settings.seed)
     decisive = {**asdict(settings), "features_sha256": sha256_of(path)}
     held = check_folder(out, decisive, resume=resume, overwrite=overwrite)
@@ -144,6 +148,23 @@ def run_features(
         sweep(out)
         write_text(out / _SETTINGS, json.dumps(decisive, indent=1))
         return _stages(_standardised(table) if settings.standardise else table, out, settings, num_workers)
+
+
+def _check_ranges(settings: FeaturesSettings, num_workers: int) -> None:
+    """Refuse numbers that nobody means before anything is read or written."""
+    ranges = {
+        "seed": (settings.seed, 0, 2**31 - 1),
+        "num_chains": (settings.num_chains, 1, 10_000),
+        "num_samples": (settings.num_samples, 4, 10_000_000),
+        "num_warmup": (settings.num_warmup, 20, 10_000_000),
+        "num_workers": (num_workers, 0, 1024),
+    }
+    for name, (value, low, high) in ranges.items():
+        if not low <= value <= high:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: give a whole number from {low} to {high}")
+    tau = settings.prior_precision
+    if tau != "evidence" and not (isinstance(tau, int | float) and 0 < tau < math.inf):
+        raise UsageError(f"--prior-precision {tau}: give a positive number or evidence")
 
 
 def _stages(table: FeatureTable, out: Path, settings: FeaturesSettings, num_workers: int) -> str:
@@ -172,7 +193,7 @@ def check_folder(out: Path, settings: dict[str, Any], *, resume: bool, overwrite
     """What stands in the folder.
 
     Raises:
-        UsageError: it is no such run, may not be touched, or was begun with other settings.
+        UsageError: it is no such run, something was finished in it, or it was begun with other settings.
         FileFormatError: its settings cannot be read.
     """
     if out.exists() and not out.is_dir():
@@ -182,11 +203,11 @@ def check_folder(out: Path, settings: dict[str, Any], *, resume: bool, overwrite
         raise UsageError(
             f"--out {out}: the folder holds files that are not such a run ({printable(held[0])}); name another"
         )
-    if held and not resume and not overwrite:
+    if held not in ([], [_SETTINGS]) and not resume and not overwrite:
         raise UsageError(f"--out {out}: the folder is not empty; name another, or say --resume or --overwrite")
     if overwrite:
         refuse_foreign(out, held, _WRITTEN)
-    elif held:
+    elif resume and held:
         _check_settings(out, settings)
     return held
 
@@ -205,7 +226,10 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _standardised(table: FeatureTable) -> FeatureTable:
-    mean, sd = table.features.mean(0), table.features.std(0)
+    largest = np.abs(table.features).max(0)
+    largest[largest == 0] = 1
+    scaled = table.features / largest
+    mean, sd = scaled.mean(0) * largest, scaled.std(0) * largest
     sd[sd == 0] = 1
     return replace(table, features=(table.features - mean) / sd, test_features=(table.test_features - mean) / sd)
 

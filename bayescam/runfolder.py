@@ -107,7 +107,7 @@ def opened(
     """The folder of a run, locked by this process, with the run's configuration in ``config.toml``.
 
     Raises:
-        UsageError: the folder is a file, holds something already, or (on resume) another configuration.
+        UsageError: the folder is a file, holds something finished already, or (on resume) another configuration.
         BayescamError: another process runs in it, it cannot be written, or (on resume) a file of a complete run is not
             what it was.
         AlreadyComplete: on resume, when ``run.json`` says complete and every file is as it lists it.
@@ -120,7 +120,7 @@ def opened(
     ours = (path / "config.toml").is_file() and any((path / name).is_file() for name in _MARKS)
     if held and not ours:
         raise UsageError(f"--out {path}: the folder is not empty and not a run ({printable(held[0])}); name another")
-    if held and not resume and not overwrite:
+    if held not in ([], ["config.toml"]) and not resume and not overwrite:
         raise UsageError(f"--out {path}: the folder is not empty; name another, or say --resume or --overwrite")
     if overwrite and held:
         _refuse_other_program(path)

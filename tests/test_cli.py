@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 
@@ -44,6 +45,8 @@ def _lines(capsys) -> list[str]:
         (["run", "--seed", "-1", "--out", "{tmp}/o"], 2, "seed must be at least 0"),
         (["run", "--backbone", "resnet19", "--limit", "100", "--out", "{tmp}/o"], 2, "resnet19"),
         (["run", "--device", "cuda:99", "--out", "{tmp}/o"], 2, "--device cuda:99"),
+        (["run", "--data", "{tmp}/absent", "--out", "{tmp}/begun"], 1, "absent"),
+        (["explain", "x.png", "--run", "{tmp}/empty", "--out", "{tmp}/file"], 1, "is not a run folder"),
         (["run", "--resume"], 2, "--resume needs --out"),
         (["run", "--resume", "--overwrite", "--out", "{tmp}/o"], 2, "exclude each other"),
         (["predict", "x.png", "--run", "{tmp}/empty"], 1, "is not a run folder"),
@@ -57,6 +60,9 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys, arguments, status, 
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thing.txt").write_text("mine")
     (tmp_path / "file").write_text("")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/config.toml").write_text('preset = "quick"')  # of a run that got no further
+    (tmp_path / "begun/.lock").write_text("")
     (tmp_path / "wrong.toml").write_text('[train]\nepochs = "many"\n')
     assert main([argument.format(tmp=tmp_path) for argument in arguments]) == status
     lines = _lines(capsys)
@@ -64,6 +70,37 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys, arguments, status, 
     assert lines[0].startswith("bayescam: ")
     assert words in lines[0]
     assert (tmp_path / "full/thing.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/r/cams.nc"), "/r/cams.nc: No space left on device; make"),
+        (PermissionError(errno.EACCES, "Permission denied", "/r"), "/r: Permission denied; get the right to it"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error; name another place"),
+        (OSError("plain words"), "plain words"),
+        (MemoryError("Unable to allocate 7 TiB"), "not enough memory (Unable to allocate 7 TiB); free memory, or"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_with_the_next_step(monkeypatch, capsys, tmp_path, error, words):
+    def fails(path):
+        raise error
+
+    monkeypatch.setattr("bayescam.diagnose.diagnosis.diagnose_run", fails)
+    assert main(["diagnose", str(tmp_path)]) == 1
+    lines = _lines(capsys)
+    assert len(lines) == 1
+    assert words in lines[0]
+
+
+def test_an_error_in_the_program_itself_keeps_its_traceback(monkeypatch, tmp_path):
+    def fails(path):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("bayescam.diagnose.diagnosis.diagnose_run", fails)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["diagnose", str(tmp_path)])
 
 
 def test_unknown_flags_and_no_command_are_wrong_usage(capsys):

@@ -144,7 +144,7 @@ DECISIVE = {**asdict(SMALL), "features_sha256": "0" * 64}
         (None, "mine.txt", {"overwrite": True}, UsageError, "not such a run"),
         (None, "\x1b[31m\n.txt", {}, UsageError, r"\\x1b\[31m\\n\.txt"),
         ('{"editor.tabSize": 4}', None, {"overwrite": True}, UsageError, "not such a run"),
-        (DECISIVE, None, {}, UsageError, "not empty; name another, or say --resume or --overwrite"),
+        (DECISIVE, "table.md", {}, UsageError, "not empty; name another, or say --resume or --overwrite"),
         (DECISIVE, "mine.txt", {"overwrite": True}, UsageError, r"holds mine\.txt, which no run wrote"),
         (DECISIVE | {"seed": 7}, None, {"resume": True}, UsageError, "seed was 7 and is now 0"),
         (DECISIVE | {"features_sha256": "1"}, None, {"resume": True}, UsageError, "features_sha256 was '1'"),
@@ -173,6 +173,7 @@ def test_a_folder_that_is_this_run_or_empty_is_taken(tmp_path):
     assert check_folder(tmp_path, DECISIVE, resume=False, overwrite=False) == []
     (tmp_path / "settings.json").write_text(json.dumps(DECISIVE))
     assert check_folder(tmp_path, DECISIVE, **flags) == ["settings.json"]
+    assert check_folder(tmp_path, DECISIVE | {"seed": 9}, resume=False, overwrite=False) == ["settings.json"]
     assert check_folder(tmp_path, DECISIVE | {"seed": 9}, resume=False, overwrite=True) == ["settings.json"]
 
 
@@ -241,8 +242,12 @@ def test_standardise_makes_the_scale_of_a_column_irrelevant(features, tmp_path, 
     ("flags", "status", "said"),
     [
         (["--prior-precision", "big"], 2, "positive number or evidence"),
-        (["--prior-precision", "-1"], 1, "must be positive"),
-        (["--num-samples", "0"], 1, "num_samples is 0"),
+        (["--prior-precision", "-1"], 2, "--prior-precision -1.0: give a positive number or evidence"),
+        (["--prior-precision", "nan"], 2, "--prior-precision nan"),
+        (["--num-samples", "0"], 2, "--num-samples 0: give a whole number from 4 to 10000000"),
+        (["--num-samples", "1000000000000000"], 2, "--num-samples 1000000000000000"),
+        (["--num-workers", "-3"], 2, "--num-workers -3"),
+        (["--seed", "-1"], 2, "--seed -1"),
         (["--resume", "--overwrite"], 2, "exclude each other"),
     ],
 )
@@ -251,6 +256,7 @@ def test_wrong_flags_are_one_line(features, tmp_path, capsys, flags, status, sai
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_file_is_named(tmp_path, capsys):

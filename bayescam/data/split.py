@@ -81,5 +81,6 @@ def _check_classes(dataset: RadiographDataset, parts: np.ndarray, *, official: b
         for part in ("train", "test"):
             if not ((dataset.labels == k) & (parts == part)).any():
                 count = int((dataset.labels == k).sum())
-                way = "mend its split" if official else "add patients of it, leave the class out, or try another --seed"
+                way = "add patients of it, raise --limit, leave the class out, or try another --seed"
+                way = "mend its split" if official else way
                 raise SplitError(f"class {name!r} ({count} images) is left without a {part} image; {way}")

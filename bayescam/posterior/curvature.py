@@ -152,7 +152,12 @@ def kron_covariance(gram: Tensor, class_curvature: Tensor, prior_precision: floa
         class_curvature: sum_n w_n Lambda_n, (K, K); its null vector 1 is projected out exactly.
         prior_precision: tau.
         num_images: sum_n w_n, by which class_curvature is divided.
+
+    Raises:
+        ValueError: the features are so large that their squares overflow.
     """
+    if not bool(torch.isfinite(gram).all()):
+        raise ValueError("features: the sum of their squares overflows; standardise them")
     basis = contrast_basis(len(class_curvature), like=class_curvature)
     values, vectors = torch.linalg.eigh(gram)
     unit = torch.ones_like(basis[0])
