@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 def check_label(label: int, num_classes: int, name: str) -> None:
-    """Raise ValueError unless 0 <= label < K."""
+    """Raise unless it is a whole number with 0 <= label < K."""
+    if not isinstance(label, (int, np.integer)) or isinstance(label, bool):
+        raise TypeError(f"{name} must be a whole number, got {label!r}")
     if not 0 <= label < num_classes:
         raise ValueError(f"{name} is {label}; the posterior has classes 0 to {num_classes - 1}")
+
+
+def check_threshold(t: float) -> None:
+    """Raise ValueError where t is NaN."""
+    if t != t:
+        raise ValueError(f"t is {t}; give a threshold in logits")
 
 
 def check_region(region: Tensor, num_images: int, shape: tuple[int, int], name: str) -> Tensor:

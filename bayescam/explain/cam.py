@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bayescam.explain.arguments import check_label, check_maps, check_region
+from bayescam.explain.arguments import check_label, check_maps, check_region, check_threshold
 from bayescam.explain.forms import LinearForms, forms_of, normal_exceedance, normal_quantile
 from bayescam.posterior.covariance import centring
 from bayescam.posterior.draws import Draws
@@ -90,15 +90,16 @@ class CamPosterior:
 
     def exceedance(self, t: float) -> Tensor:
         """P(CAM_c(u) > t) at every cell by itself, (N, K, h, w); t in logits. A cell that is t exactly has 0."""
+        check_threshold(t)
         if self.forms.is_sampled:
             return self._cellwise(lambda rows: self.forms.exceedance(rows, self.directions, t))
         return normal_exceedance(self.mean, self.sd, t)
 
     def relevance(self, t: float) -> Tensor:
         """P(|CAM_c(u)| > t) for t >= 0: that the cell speaks for or against the class by more than t logits."""
+        check_threshold(t)
         if t < 0:
             raise ValueError(f"t is {t}; give a size in logits, at least 0")
-
         if self.forms.is_sampled:
             against = self._cellwise(lambda rows: self.forms.exceedance(rows, -self.directions, t))
         else:
@@ -213,8 +214,12 @@ class CamPosterior:
 
     def labels(self, label: int | Sequence[int] | Tensor) -> Tensor:
         """One class an image, (N,)."""
-        labels = torch.as_tensor(label)
-        if labels.is_floating_point() or labels.dim() > 1 or labels.shape not in ((), (self.num_images,)):
+        try:
+            labels = torch.as_tensor(label)
+        except (TypeError, ValueError, RuntimeError):
+            labels = torch.empty(0)
+        whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+        if not whole or labels.shape not in ((), (self.num_images,)):
             raise ValueError(f"label must be a whole number or one an image, ({self.num_images},); got {label!r}")
         for value in labels.unique().tolist():
             check_label(value, self.num_classes, "label")

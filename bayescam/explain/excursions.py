@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bayescam.explain.arguments import check_threshold
 from bayescam.explain.cam import CamPosterior
 from bayescam.explain.regions import NUM_SAMPLES, over_draws
 from bayescam.explain.upsample import Upsampling
@@ -39,6 +40,7 @@ def joint_exceedance(
         num_samples: S under a Gaussian posterior; of draws all are used. The error of F is sqrt(F (1 - F) / S).
         seed: of the sampling.
     """
+    check_threshold(t)
     shape = cam.shape if upsampling is None else upsampling.size
 
     def excursion(draws: Tensor) -> Tensor:

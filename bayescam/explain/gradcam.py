@@ -19,6 +19,7 @@ from bayescam.errors import BayescamError
 
 Method = Literal["gradcam", "hirescam"]
 _NUMBERS = 1 << 25
+_PROBE = 256  # pixels, of a picture whose map tells the network's stride
 
 
 class Pool(Protocol):
@@ -39,18 +40,17 @@ def explanation_maps(backbone: Backbone, images: Tensor, *, method: Method = "gr
         method: "gradcam" or "hirescam".
 
     Raises:
+        TypeError, ValueError: images that are not such a tensor.
         BayescamError: images smaller than the network's stride, or maps that are not finite.
     """
     _check_method(method)
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images must be a floating-point tensor in [0, 1], got {kind}")
+    if images.dim() != 4 or images.shape[1] != 1:
+        raise ValueError(f"images must be (N, 1, S, S), got {tuple(images.shape)}")
     with backbone.evaluating():
-        try:
-            maps = backbone.maps(images)
-        except RuntimeError as error:
-            if "size" in str(error).lower():
-                raise BayescamError(f"images of {tuple(images.shape[2:])} pixels are too small: {error}") from error
-            raise
-        if 0 in maps.shape[2:]:
-            raise BayescamError(f"images of {tuple(images.shape[2:])} pixels leave no cell of the map; use larger ones")
+        maps = _maps(backbone, images)
         if not bool(torch.isfinite(maps).all()):
             raise BayescamError("the network's maps hold NaN or infinite numbers; check its weights and the images")
         return maps if backbone.is_average else effective_maps(backbone.pool, maps, method=method)
@@ -83,6 +83,24 @@ def completeness_gap(pool: Pool, maps: Tensor, effective: Tensor) -> Tensor:
         features = pool(maps)
     gap = (effective.mean((2, 3)) - features).norm(dim=1)
     return torch.where(gap > 0, gap / features.norm(dim=1), gap)
+
+
+def _maps(backbone: Backbone, images: Tensor) -> Tensor:
+    """The maps, refused where the images are smaller than what one cell stands for."""
+    small = f"images of {tuple(images.shape[2:])} pixels are too small for {backbone.name!r}; use larger ones"
+    try:
+        maps = backbone.maps(images)
+    except RuntimeError as error:
+        if "size" in str(error).lower():
+            raise BayescamError(f"{small} ({error})") from error
+        raise
+    if 0 in maps.shape[2:]:
+        raise BayescamError(f"{small}: no cell of the map is left")
+    if 1 in maps.shape[2:]:  # padding leaves one cell of any picture, however small
+        stride = _PROBE // backbone.maps(images.new_zeros(1, 1, _PROBE, _PROBE)).shape[2]
+        if min(images.shape[2:]) < stride:
+            raise BayescamError(f"{small}: one cell of its map stands for {stride} x {stride} pixels")
+    return maps
 
 
 def _effective(pool: Pool, maps: Tensor, method: Method, cells: int) -> Tensor:

@@ -23,6 +23,8 @@ def hit(maps: Tensor, masks: Tensor, *, tolerance: int = 0) -> Tensor:
     """
     masks = _valid(maps, masks)
     near = masks
+    if tolerance < 0:
+        raise ValueError(f"tolerance is {tolerance}; give a number of pixels, at least 0")
     if tolerance:
         near = max_pool2d(masks[:, None].to(maps), 2 * tolerance + 1, stride=1, padding=tolerance)[:, 0] > 0
     values = maps.flatten(1)
@@ -159,6 +161,8 @@ def score(
         seed: of the bootstrap.
     """
     groups = np.arange(len(masks))
+    if patients is not None and len(patients) != len(masks):
+        raise ValueError(f"patients has {len(patients)} entries and there are {len(masks)} images")
     if patients is not None:
         names = [f"image {n}" if patient is None else f"patient {patient}" for n, patient in enumerate(patients)]
         groups = np.unique(names, return_inverse=True)[1]

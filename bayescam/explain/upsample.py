@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bayescam.data.pixels import Geometry
+from bayescam.explain.arguments import check_threshold
 from bayescam.explain.cam import CamPosterior
 from bayescam.explain.forms import normal_exceedance
 
@@ -45,18 +46,26 @@ class Upsampling:
         return cls(_bilinear(y / geometry.size, shape[0]), _bilinear(x / geometry.size, shape[1]))
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(h, w)."""
+        return self.vertical.shape[1], self.horizontal.shape[1]
+
+    @property
     def size(self) -> tuple[int, int]:
         """(H, W)."""
         return self.vertical.shape[0], self.horizontal.shape[0]
 
     def values(self, cells: Tensor) -> Tensor:
         """Maps (..., h, w) -> (..., H, W)."""
+        if cells.shape[-2:] != self.shape:
+            raise ValueError(f"upsampling is from {self.shape} cells and the map has {tuple(cells.shape[-2:])}")
         return self.vertical.to(cells) @ cells @ self.horizontal.to(cells).mT
 
     def variance(self, covariance: Tensor) -> Tensor:
         """Variance of every pixel, (..., H, W), from the covariance of the cells, (..., U, U)."""
-        h, w = self.vertical.shape[1], self.horizontal.shape[1]
-        pairs = covariance.unflatten(-1, (h, w)).unflatten(-3, (h, w)).movedim(-2, -3).flatten(-4, -3).flatten(-2)
+        pairs = (
+            covariance.unflatten(-1, self.shape).unflatten(-3, self.shape).movedim(-2, -3).flatten(-4, -3).flatten(-2)
+        )
         rows, columns = _pairs(self.vertical).to(covariance), _pairs(self.horizontal).to(covariance)
         return (rows @ pairs @ columns.mT).clamp(min=0)
 
@@ -79,6 +88,7 @@ def pixel_maps(cam: CamPosterior, label: int | Tensor, upsampling: Upsampling, *
         upsampling: from the cells of ``cam``.
         t: threshold in logits.
     """
+    check_threshold(t)
 
     def one_class(rows: Tensor, along: Tensor, _: Tensor) -> Tensor:
         cells = cam.forms.mean(rows, along)[..., 0].double()
@@ -103,11 +113,14 @@ def mask_shares(mask: np.ndarray | Tensor, shape: tuple[int, int], geometry: Geo
         geometry: of the radiograph that the mask belongs to.
 
     Raises:
-        ValueError: the mask has another size than the radiograph.
+        TypeError, ValueError: a mask that is not boolean, or has another size than the radiograph.
     """
-    pixels = torch.as_tensor(mask).double()
+    pixels = torch.as_tensor(mask)
+    if pixels.dtype != torch.bool:
+        raise TypeError(f"mask must be boolean, got {pixels.dtype}; compare it with a threshold first")
     if pixels.dim() != 2:
         raise ValueError(f"mask must be (H, W), got {tuple(pixels.shape)}")
+    pixels = pixels.double()
     if geometry is not None:
         if pixels.shape != (geometry.height, geometry.width):
             raise ValueError(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bayescam.explain.cam import CamPosterior
+from bayescam.explain.excursions import joint_exceedance
 from bayescam.posterior.draws import Draws
 
 from .posteriors import STRUCTURES, TAU, D, K, block, centre, make, random_maps
@@ -86,6 +87,22 @@ def test_closed_forms_agree_with_20000_samples(structure, centred):
     spread = (sampled.quantile(0.9) - cam.quantile(0.9)) / cam.sd
     assert float(spread.abs().max()) < 5 * math.sqrt(0.9 * 0.1 / num) / 0.1755  # the normal density at its 90 % point
     torch.testing.assert_close(sampled.attribution(1), cam.attribution(1), atol=0.06 * float(cam.sd.max() ** 2), rtol=0)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_union_and_intersection_maps_are_percentiles_of_the_dense_gaussian(structure):
+    """Bykov et al. 2021 take percentiles of sampled explanations, high for the union, low for the intersection."""
+    posterior, dense = make(structure)
+    maps = random_maps()
+    cam = CamPosterior(maps, posterior)
+    for c, direction in enumerate(centre()):
+        mean = _cells(maps) @ (direction @ posterior.theta_mean)
+        sd = (_cells(maps) @ block(dense, direction) @ _cells(maps).mT).diagonal(dim1=1, dim2=2).sqrt()
+        for q, z in ((0.05, -1.6448536269514722), (0.5, 0.0), (0.95, 1.6448536269514722)):
+            torch.testing.assert_close(cam.quantile(q)[:, c].flatten(1), mean + z * sd)
+    for q in (0.05, 0.95):
+        level = float(cam.quantile(q)[1, 2, 1, 1])
+        assert float(cam.exceedance(level)[1, 2, 1, 1]) == pytest.approx(1 - q)
 
 
 @pytest.mark.parametrize("num", [3, 50])
@@ -276,6 +293,14 @@ def test_wrong_arguments_are_refused_in_words():
     cam = CamPosterior(random_maps(), posterior)
     with pytest.raises(ValueError, match="label is 4; the posterior has classes 0 to 3"):
         cam.attribution(K)
+    for label in ("hand", None, 1.5, True):
+        with pytest.raises(ValueError, match="label must be a whole number"):
+            cam.attribution(label)
+    with pytest.raises(TypeError, match=r"d must be a whole number, got 1\.5"):
+        cam.contrast(0, 1.5)
+    for statement in (cam.exceedance, cam.relevance, lambda t: joint_exceedance(cam, 0, t=t)):
+        with pytest.raises(ValueError, match="t is nan"):
+            statement(math.nan)
     with pytest.raises(ValueError, match="c is -1"):
         cam.contrast(-1, 0)
     with pytest.raises(ValueError, match="one an image"):

@@ -114,9 +114,11 @@ def test_networks_people_use_give_maps_and_stay_as_they_were(name, size):
             torch.testing.assert_close(logits, backbone(images), rtol=1e-3, atol=1e-4)
         else:
             gradient = torch.func.jacrev(lambda a: backbone.head(backbone.pool(a))[0, 1])(maps[:1])
-            expected = (gradient.mean((2, 3), keepdim=True) * maps[:1]).sum(1) * maps[0, 0].numel()
-            cam = torch.einsum("d,ndij->nij", backbone.head.weight[1], found[:1])
-            torch.testing.assert_close(cam, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+            hires = explanation_maps(backbone, images[:1], method="hirescam")
+            for effective, weights in ((found[:1], gradient.mean((2, 3), keepdim=True)), (hires, gradient)):
+                expected = (weights * maps[:1]).sum(1) * maps[0, 0].numel()
+                cam = torch.einsum("d,ndij->nij", backbone.head.weight[1], effective)
+                torch.testing.assert_close(cam, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_a_users_own_network():
@@ -142,3 +144,9 @@ def test_wrong_input_is_refused_in_words():
         explanation_maps(backbone, torch.full((1, 1, 64, 64), torch.nan))
     with pytest.raises(BayescamError, match="too small"):
         explanation_maps(Backbone("alexnet", K), torch.rand(1, 1, 16, 16))
+    with pytest.raises(BayescamError, match="one cell of its map stands for 32 x 32 pixels"):
+        explanation_maps(backbone, torch.rand(1, 1, 31, 40))
+    with pytest.raises(ValueError, match=r"images must be \(N, 1, S, S\), got \(1, 3, 64, 64\)"):
+        explanation_maps(backbone, torch.rand(1, 3, 64, 64))
+    with pytest.raises(TypeError, match=r"got torch\.uint8"):
+        explanation_maps(backbone, torch.zeros(1, 1, 64, 64, dtype=torch.uint8))

@@ -155,3 +155,8 @@ def test_wrong_arguments_are_refused_in_words():
         energy(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2))
     with pytest.raises(ValueError, match="NaN"):
         iou(torch.full((1, 2, 2), math.nan), torch.ones(1, 2, 2, dtype=torch.bool))
+    masks = torch.eye(3, dtype=torch.bool).expand(2, 3, 3)
+    with pytest.raises(ValueError, match="tolerance is -1"):
+        hit(torch.rand(2, 3, 3), masks, tolerance=-1)
+    with pytest.raises(ValueError, match="patients has 1 entries and there are 2 images"):
+        score({"cam": torch.rand(2, 3, 3)}, masks, patients=["one"])

@@ -107,3 +107,13 @@ def test_wrong_masks_are_refused():
         mask_shares(np.ones((5, 5), dtype=bool), (2, 2), Geometry.fit(30, 60, 60))
     with pytest.raises(ValueError, match="least is 0"):
         cells_of_mask(np.ones((5, 5), dtype=bool), (2, 2), least=0)
+    with pytest.raises(TypeError, match=r"mask must be boolean, got torch\.float64"):
+        mask_shares(np.ones((5, 5)), (2, 2))
+
+
+def test_maps_of_other_cells_are_refused():
+    cam = CamPosterior(random_maps(), make("kron")[0])
+    with pytest.raises(ValueError, match=r"from \(7, 7\) cells and the map has \(2, 3\)"):
+        pixel_maps(cam, 0, Upsampling.to_size((7, 7), (9, 9)))
+    with pytest.raises(ValueError, match="t is nan"):
+        pixel_maps(cam, 0, Upsampling.to_size((2, 3), (9, 9)), t=float("nan"))
