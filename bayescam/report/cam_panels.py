@@ -129,11 +129,12 @@ def cell_panels(
     classes: Sequence[str],
     probabilities: Sequence[float] | None = None,
     title: str = "",
+    joint: np.ndarray | None = None,
     marker: float | None = None,
 ) -> CasePanels:
     """The panels where only the cells' Gaussian means and sds (h, w) over the network's square are at hand.
 
-    The cells are shown as they are: sds may not be interpolated, and a joint region needs the covariance.
+    The cells are shown as they are, since sds may not be interpolated; ``joint`` (h, w) is of the cells too.
     """
     from scipy.special import ndtr
 
@@ -144,7 +145,7 @@ def cell_panels(
         np.asarray(mean, dtype=float),
         np.asarray(sd, dtype=float),
         above,
-        None,
+        joint,
         cells=(mean.shape[0], mean.shape[1]),
         cell_pixels=(image.shape[0] / mean.shape[0], image.shape[1] / mean.shape[1]),
         label=label,

@@ -234,6 +234,7 @@ def cam_cases(files: RunFiles) -> list[CasePanels]:
                 classes=files.classes,
                 probabilities=probs.tolist(),
                 title=f"truth: {files.classes[truth]}",
+                joint=cams["joint"].values[i],
                 marker=None if np.isnan(marker[i]) else float(marker[i]),
             )
         )

@@ -98,8 +98,7 @@ def test_any_aspect_draws_without_a_warning(shape):
     draw_case(_case(*shape)).canvas.draw()
 
 
-@pytest.mark.parametrize("shape", [(60, 40), (30, 90)])
-@pytest.mark.parametrize("columns", [0, 1, 2])
+@pytest.mark.parametrize(("shape", "columns"), [((60, 40), 0), ((30, 90), 0), ((60, 40), 1), ((30, 90), 2)])
 def test_no_words_lie_over_others_or_leave_the_picture(shape, columns, monkeypatch):
     """Long names of classes and files; columns 0: one case, else a gallery."""
     case = _case(*shape, classes=tuple(f"class {k} with a name that is long" for k in range(K)), title="a" * 80)
@@ -184,6 +183,10 @@ def test_cells_are_shown_as_they_are_where_only_their_moments_are_known():
     assert case.joint is None
     assert not case.interpolated
     assert "interpolated" not in caption(case)
+    assert "jointly" not in caption(case)
+    jointly = cell_panels(np.zeros((20, 20)), mean, sd, label=0, classes=CLASSES, joint=np.array([[0.1, 0], [0, 0.99]]))
+    assert "25% of the picture point by point (dashed), 25% jointly (solid)" in caption(jointly)
+    draw_case(jointly).canvas.draw()
     draw_case(case).canvas.draw()
 
 
