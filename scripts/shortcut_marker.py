@@ -6,7 +6,8 @@ Two networks are trained on hard phantom radiographs without augmentation: one w
 picture, and one whose markers are chance. Both then see the same new patients three times: with markers that tell the
 class, with markers that tell another class, and without markers. A network that reads the marker fails on the second
 and third; that it does is the proof. Then the posterior of the maps states with what probability the model looks at
-the marker: that the marker's cells outrank the bones that the class is known by, and that the map's peak lies in them.
+the marker: that the marker's cells outrank the bones that the class is known by, and that the map's peak lies within a
+cell of them.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--difficulty", type=float, default=1.0, help="0 to 1: a shortcut tempts where bones are hard")
     parser.add_argument("--parts", nargs="+", default=["elbow", "forearm", "humerus", "wrist"], choices=PARTS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="draw maps of both networks into this PNG")
+    parser.add_argument("--out", type=Path, help="folder for a picture of each network's maps")
     parsed = parser.parse_args()
     pictures = {
         name: phantoms(parsed.test, parsed.seed + 1, parsed, shortcut=1.0, **dials) for name, dials in PICTURES.items()
@@ -141,26 +142,27 @@ def interval(values: np.ndarray, dataset: RadiographDataset) -> str:
     return f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"
 
 
-def draw(models: dict[str, Model], dataset: RadiographDataset, path: Path) -> None:
-    """The first picture of every class under both networks, side by side."""
-    first = [int(np.flatnonzero(dataset.labels == k)[0]) for k in range(len(dataset.classes))]
-    some = dataset.select(np.array(first))
-    geometry = some.pixels(next(iter(models.values())).backbone.image_size).geometry
-    explanations = {name: explained(model, some) for name, model in models.items()}
-    cases = [
-        case_panels(
-            some.image(row),
-            cam.select([row]),
-            label=int(labels[row]),
-            classes=some.classes,
-            geometry=geometry[row],
-            title=name,
-        )
-        for row in range(len(first))
-        for name, (cam, labels, _) in explanations.items()
-    ]
-    with atomic_path(path) as temporary:
-        gallery_figure(cases, columns=2).savefig(temporary, dpi=110, format="png")
+def draw(models: dict[str, Model], dataset: RadiographDataset, folder: Path) -> None:
+    """The first two pictures of every class under each network, a PNG for each: their logits have no common scale."""
+    first = np.concatenate([np.flatnonzero(dataset.labels == k)[:2] for k in range(len(dataset.classes))])
+    some = dataset.select(first)
+    for name, model in models.items():
+        geometry = some.pixels(model.backbone.image_size).geometry
+        cam, labels, regions = explained(model, some)
+        outranks = marker_outranks(cam, regions, labels)
+        cases = [
+            case_panels(
+                some.image(row),
+                cam.select([row]),
+                label=int(labels[row]),
+                classes=some.classes,
+                geometry=geometry[row],
+                title=f"P(marker first) = {outranks[row]:.2f}",
+            )
+            for row in range(len(first))
+        ]
+        with atomic_path(folder / f"{name.replace(' ', '-')}.png") as temporary:
+            gallery_figure(cases, title=name).savefig(temporary, dpi=110, format="png")
 
 
 if __name__ == "__main__":
