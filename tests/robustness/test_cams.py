@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from bayescam.backbone.network import Backbone
+from bayescam.errors import BayescamError
 from bayescam.explain.cam import CamPosterior
-from bayescam.posterior.laplace import fit_laplace
-from bayescam.posterior.nuts import sample_nuts
+from bayescam.explain.gradcam import explanation_maps
+from bayescam.posterior.laplace import fit_laplace, load_laplace
+from bayescam.posterior.nuts import Nuts, sample_nuts
 
 K, D = 3, 4
-POSTERIORS = ("diag", "kron", "full", "refined", "nuts")
+POSTERIORS = ("diag", "kron", "full", "refined_diag", "refined_kron", "refined", "draws", "nuts")
 each_posterior = pytest.mark.parametrize("name", POSTERIORS)
 each_kind = pytest.mark.parametrize("centred", [True, False], ids=["centred", "raw"])
 
@@ -24,10 +30,12 @@ def _features(k=K, d=D, n=60):
 
 def _posterior(name, k=K, d=D):
     features, labels = _features(k, d)
-    structure = name if name in ("diag", "kron") else "full"
+    structure = {"refined": "full", "draws": "full", "nuts": "full"}.get(name, name.removeprefix("refined_"))
     laplace = fit_laplace(features, labels, num_classes=k, prior_precision=1.0, structure=structure)
-    if name == "refined":
+    if name.startswith("refined"):
         return laplace.refine(features, labels)
+    if name == "draws":
+        return laplace.sample(40, seed=5)
     if name == "nuts":
         lengths = {"num_chains": 2, "num_samples": 20, "num_warmup": 20}
         return sample_nuts(laplace, features, labels, **lengths, progress=False).draws
@@ -104,6 +112,12 @@ def test_strided_maps_are_as_good_and_nothing_given_is_changed(posteriors, name,
     strided = maps.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     assert not strided.is_contiguous()
     _assert_same(_answers(strided, posteriors[name], centred), whole, rtol=1e-9, atol=1e-10)
+    array = before.numpy().copy()
+    array.flags.writeable = False
+    with warnings.catch_warnings(action="ignore"):  # torch's, that it cannot keep such a promise
+        frozen = torch.from_numpy(array)
+    _assert_same(_answers(frozen, posteriors[name], centred), whole, rtol=0, atol=0)
+    assert torch.equal(torch.from_numpy(array.copy()), before)
     _assert_same(_answers(maps.requires_grad_(), posteriors[name], centred), whole)
     assert torch.equal(maps.detach(), before)
     assert maps.grad is None
@@ -121,7 +135,7 @@ def test_float32_and_float64_agree_and_half_is_computed_in_float32(posteriors, n
 
 
 @each_posterior
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_is_refused_by_its_image(posteriors, name, value):
     maps = _maps()
     maps[2, 1, 0, 0] = value
@@ -169,9 +183,107 @@ def test_no_image_no_map(posteriors, name):
 def test_the_average_over_the_cells_and_the_bias_is_the_logit(posteriors, name):
     """Raw maps: mean_u CAM_c(u) + b_c = logit_c (Zhou et al. 2016)."""
     maps, posterior = _maps(), posteriors[name]
-    if name == "nuts":
+    if name in ("draws", "nuts"):
         weight, bias = (part.mean(0) for part in posterior.flat())
     else:
         weight, bias = posterior.weight_mean, posterior.bias_mean
     cam = CamPosterior(maps, posterior, centred=False)
     torch.testing.assert_close(cam.mean.mean((2, 3)) + bias, maps.mean((2, 3)) @ weight.T + bias)
+
+
+@each_posterior
+@each_kind
+def test_asked_twice_it_gives_the_same_bits_and_uses_no_global_random_numbers(posteriors, name, centred):
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = _answers(_maps(), posteriors[name], centred)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    _assert_same(_answers(_maps(), posteriors[name], centred), first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in POSTERIORS if name not in ("draws", "nuts")])
+def test_maps_of_a_stored_posterior_are_the_same(posteriors, name, tmp_path):
+    posteriors[name].save(tmp_path / "laplace.safetensors")
+    again = load_laplace(tmp_path / "laplace.safetensors")
+    _assert_same(_answers(_maps(), again), _answers(_maps(), posteriors[name]), rtol=0, atol=0)
+
+
+def test_maps_of_stored_draws_are_the_same(tmp_path):
+    features, labels = _features()
+    lengths = {"num_chains": 2, "num_samples": 20, "num_warmup": 20}
+    nuts = sample_nuts(fit_laplace(features, labels, prior_precision=1.0), features, labels, **lengths, progress=False)
+    nuts.save(tmp_path / "nuts.safetensors")
+    again = Nuts.load(tmp_path / "nuts.safetensors")
+    _assert_same(_answers(_maps(), again.draws), _answers(_maps(), nuts.draws), rtol=0, atol=0)
+
+
+class _Tail(nn.Module):
+    """A network with layers between its maps and the last one, as Grad-CAM is for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 5, 3, stride=2)
+        self.drop = nn.Dropout(0.5)
+        self.middle = nn.Linear(5 * 9, D)
+        self.last = nn.Linear(D, K)
+
+    def forward(self, images):
+        hidden = torch.flatten(torch.relu(self.conv(images)), 1)
+        return self.last(torch.relu(self.middle(self.drop(hidden))))
+
+
+@pytest.fixture(scope="module")
+def tail():
+    torch.manual_seed(0)
+    return Backbone.from_module(_Tail(), maps="conv", image_size=8)
+
+
+def _images(n=5, dtype=torch.float32):
+    return torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+@pytest.mark.parametrize("method", ["gradcam", "hirescam"])
+class TestEffectiveMaps:
+    """Maps of a network whose last layer is not reached by an average: Grad-CAM and HiResCAM."""
+
+    @each_posterior
+    def test_order_and_company_of_the_images_do_not_matter(self, posteriors, tail, method, name):
+        images, order = _images(), torch.tensor([4, 1, 0, 3, 2])
+        whole = _answers(explanation_maps(tail, images, method=method), posteriors[name])
+        turned = _answers(explanation_maps(tail, images[order], method=method), posteriors[name])
+        _assert_same(turned, whole, order, rtol=1e-5, atol=1e-6)
+        alone = _answers(explanation_maps(tail, images[2:3], method=method), posteriors[name])
+        _assert_same(alone, whole, slice(2, 3), rtol=1e-5, atol=1e-6)
+
+    def test_the_network_and_the_images_stay_as_they_were_and_twice_is_once(self, tail, method):
+        images, state = _images(), torch.get_rng_state()
+        before, weights = images.clone(), {name: value.clone() for name, value in tail.state_dict().items()}
+        tail.train()
+        first = explanation_maps(tail, images, method=method)
+        assert tail.training
+        tail.eval()
+        assert torch.equal(explanation_maps(tail, images, method=method), first)
+        assert not first.requires_grad
+        assert torch.equal(images, before)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(torch.equal(value, weights[name]) for name, value in tail.state_dict().items())
+        assert all(parameter.grad is None for parameter in tail.parameters())
+
+    def test_strided_images_and_a_network_in_float64_agree(self, tail, method):
+        import copy
+
+        whole = explanation_maps(tail, _images(), method=method)
+        strided = _images().repeat_interleave(2, dim=3)[..., ::2]
+        assert not strided.is_contiguous()
+        torch.testing.assert_close(explanation_maps(tail, strided, method=method), whole, rtol=1e-5, atol=1e-6)
+        double = explanation_maps(copy.deepcopy(tail).double(), _images(dtype=torch.float64), method=method)
+        assert double.dtype == torch.float64
+        torch.testing.assert_close(double.float(), whole, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_what_is_not_finite_is_refused(self, tail, method, value):
+        images = _images()
+        images[1, 0, 2, 2] = value
+        with pytest.raises(BayescamError, match="NaN or infinite"):
+            explanation_maps(tail, images, method=method)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bayescam.posterior.draws import Draws
 from bayescam.posterior.laplace import Laplace, fit_laplace, load_laplace
-from bayescam.posterior.nuts import sample_nuts
+from bayescam.posterior.nuts import Nuts, sample_nuts
 from bayescam.posterior.predictive import predict_proba
 
 TAU = 1.0
@@ -238,6 +238,17 @@ def test_the_stored_head_answers_the_same(name, tmp_path):
     assert torch.equal(_predict(name, again, questions), _predict(name, head, questions))
     assert (again.notes, again.elbo, again.refined) == (head.notes, head.elbo, head.refined)
     assert torch.equal(again.sample(3, seed=1).weight, head.sample(3, seed=1).weight)
+
+
+def test_stored_draws_answer_the_same(tmp_path):
+    (features, labels), questions = _data(), _data(40, seed=1)[0]
+    lengths = {"num_chains": 2, "num_samples": 25, "num_warmup": 25}
+    laplace = fit_laplace(features, labels, prior_precision=TAU)
+    nuts = sample_nuts(laplace, features, labels, **lengths, seed=3, progress=False)
+    nuts.save(tmp_path / "nuts.safetensors")
+    again = Nuts.load(tmp_path / "nuts.safetensors")
+    assert torch.equal(predict_proba(again.draws, questions), predict_proba(nuts.draws, questions))
+    assert all(torch.equal(torch.as_tensor(again.stats[key]), torch.as_tensor(nuts.stats[key])) for key in nuts.stats)
 
 
 @each_gaussian
