@@ -1,0 +1,207 @@
+"""What does a fit cost against images, features, classes and ranks, and what would 10^9 images on 64 GPUs cost?
+
+    python scripts/bench_scale.py                    seconds, bytes all-reduced and memory against N, D, K and R
+    python scripts/bench_scale.py --fit              and the cost model, checked on a point left out, and the plan
+    python scripts/bench_scale.py --million          N to 10^6 at D = 512 from a memory map (a 2 GB file)
+    python scripts/bench_scale.py --wide             1,000 classes at D = 2,048 (kron), 7 classes at D = 2,048 (full)
+    python scripts/bench_scale.py --device cuda      the same on the GPU, and a row for each device
+
+Every point is a process of its own (R of them under torchrun), one thread each unless --threads says otherwise, reading
+its features from a memory map. Seconds are rank 0's; memory is the largest rank's anonymous memory above what it was
+after the imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from scaling import wide
+from scaling.model import STAGES, Hardware, Model, fit, messages, plan, terms
+from scaling.point import Found, Size, simulate
+
+import bayescam as bc
+
+BASE = Size(20_000, 256, 7)
+SWEEPS = {
+    "N": [replace(BASE, images=n) for n in (10_000, 20_000, 40_000)],
+    "D": [replace(BASE, width=d) for d in (64, 128, 256, 512)],
+    "K": [replace(BASE, classes=k) for k in (3, 7, 14)],
+    "R": [replace(BASE, images=40_000, ranks=r) for r in (1, 2)] + [replace(BASE, width=512, ranks=2)],
+}
+LEFT_OUT = Size(60_000, 384, 10, ranks=2)
+MILLION = [Size(n, 512, 7, threads=2) for n in (10_000, 100_000, 1_000_000)]
+RESNET18, FILE_BYTES, TAUS = 3.6e9, 1e5, 12
+
+
+def run(size: Size, folder: Path, seconds: float = 3600) -> Found:
+    """Measure one point in processes of its own."""
+    point = str(Path(__file__).with_name("scaling") / "point.py")
+    command = [sys.executable, point, json.dumps(asdict(size)), str(folder)]
+    if size.ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size.ranks)]
+        command[1:1] = launcher
+    environment = os.environ | {"OMP_NUM_THREADS": str(size.threads)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
+    if done.returncode:
+        sys.exit(f"{size} failed:\n{done.stderr[-2000:]}")
+    return Found(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def features(sizes: list[Size], folder: Path) -> None:
+    """A file of features for each width."""
+    for width in sorted({size.width for size in sizes}):
+        if not (folder / f"phi-{width}.npy").exists():
+            simulate(folder, max(size.images for size in sizes if size.width == width), width)
+
+
+def show(name: str, size: Size, found: Found) -> None:
+    stages = " | ".join(f"{found.seconds[stage]:.2f}" for stage in STAGES)
+    moved = f"{sum(found.reduced) / 2**20:.2f} in {len(found.reduced)}" if size.ranks > 1 else "0"
+    print(
+        f"| {name} | {size.images:,} | {size.width} | {size.classes} | {size.ranks} | "
+        f"{sum(found.seconds.values()):.2f} | {stages} | {found.passes} | {moved} | "
+        f"{found.memory_peak - found.memory_before:.0f} |",
+        flush=True,
+    )
+
+
+def header() -> None:
+    columns = ["varied", "N", "D", "K", "R", "s", *STAGES, "passes", "MiB all-reduced, in messages", "MiB of memory"]
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+
+
+def exponent(values: list[float], took: list[float]) -> float:
+    """The least-squares slope of log time over log size."""
+    return float(np.polyfit(np.log(values), np.log(took), 1)[0])
+
+
+def sweep(folder: Path, device: str) -> list[tuple[Size, Found]]:
+    """N, D, K and R, one at a time; each point is measured once."""
+    known: dict[Size, Found] = {}
+    header()
+    for name, sizes in SWEEPS.items():
+        for size in sizes:
+            point = replace(size, device=device)
+            if point.ranks > 1 and device == "cuda" and torch.cuda.device_count() < point.ranks:
+                print(f"| {name} | {point.ranks} ranks need {point.ranks} GPUs, and there is one |")
+                continue
+            if point not in known:
+                known[point] = run(point, folder)
+            show(name, point, known[point])
+    return list(known.items())
+
+
+def report_fit(points: list[tuple[Size, Found]], left_out: Found) -> Model:
+    """The coefficients, and predicted over measured on the point that they have not seen."""
+    model = fit(points)
+    print("\n| stage | term | ns a unit |\n|---|---|---|")
+    for stage in STAGES:
+        for name, value in model.seconds[stage].items():
+            print(f"| {stage} | {name} | {1e9 * value:.3g} |")
+    print(f"| all-reduce | message | {1e9 * model.latency:.3g} |\n| all-reduce | byte | {1e9 * model.per_byte:.3g} |")
+    print(f"\npasses over the features of one MAP, the median: {model.passes}")
+    for size, found in [points[-1], (LEFT_OUT, left_out)]:
+        ratio = messages(size, found.passes) / sum(found.reduced)
+        print(f"bytes all-reduced at {words(size)}: formula / counted {ratio:.3f}")
+    predicted, measured = model.predict(LEFT_OUT), sum(left_out.seconds.values())
+    print(
+        f"left out: {words(LEFT_OUT)}: predicted {predicted:.2f} s, measured {measured:.2f} s, "
+        f"predicted / measured {predicted / measured:.2f}"
+    )
+    for stage in STAGES:
+        amounts = terms(stage, LEFT_OUT, model.passes)
+        own = sum(model.seconds[stage][name] * amount for name, amount in amounts.items())
+        print(f"  {stage}: predicted {own:.2f} s, measured {left_out.seconds[stage]:.2f} s")
+    return model
+
+
+def words(size: Size) -> str:
+    return f"N = {size.images:,}, D = {size.width}, K = {size.classes}, R = {size.ranks}"
+
+
+def decoded(folder: Path) -> float:
+    """Radiographs that one core reads in a second: a phantom as a JPEG of 512 x 512."""
+    picture = Image.fromarray((255 * bc.open_dataset("phantom", num=7).image(0)).astype(np.uint8)).resize((512, 512))
+    path = folder / "radiograph.jpg"
+    picture.save(path, quality=90)
+    bc.read_image(path)
+    begun, count = time.perf_counter(), 0
+    while time.perf_counter() - begun < 2:
+        bc.read_image(path)
+        count += 1
+    return count / (time.perf_counter() - begun)
+
+
+def show_plan(passes: int, images_a_core: float) -> None:
+    """10^9 images on 64 GPUs, by NVIDIA's figures for the H100 and what was measured here."""
+    gpu = Hardware()
+    print(f"\n{images_a_core:.0f} radiographs of 512 x 512 decoded a second and core; {passes} passes a MAP; {gpu}")
+    for width in (512, 2048):
+        size = Size(10**9, width, 7, ranks=64)
+        steps = plan(size, passes, images_a_core, RESNET18, FILE_BYTES, TAUS)
+        print(f"\n| {words(size)} | limit | s | GPU hours | MB sent by a GPU |\n|---|---|---|---|---|")
+        for step in steps:
+            hours = step.seconds * size.ranks / 3600
+            print(f"| {step.name} | {step.limit} | {step.seconds:,.1f} | {hours:,.2f} | {step.sent / 1e6:,.1f} |")
+
+
+def million(folder: Path) -> None:
+    """Time over N to 10^6 and anonymous memory."""
+    features(MILLION, folder)
+    header()
+    took = []
+    for size in MILLION:
+        found = run(size, folder)
+        show("N", size, found)
+        took.append(sum(found.seconds.values()))
+        print(f"  anonymous memory {found.memory_peak:.0f} MiB in all, {found.memory_before:.0f} before", flush=True)
+    print(f"exponent of time over N: {exponent([size.images for size in MILLION], took):.2f}")
+
+
+def devices(folder: Path) -> None:
+    """One row a device."""
+    header()
+    show("cpu", BASE, run(BASE, folder))
+    if torch.cuda.is_available():
+        show(torch.cuda.get_device_name(), size := replace(BASE, device="cuda"), run(size, folder))
+    else:
+        print("| cuda | there is no GPU on this machine |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fit", action="store_true", help="the cost model, its check and the plan for 10^9 images")
+    parser.add_argument("--million", action="store_true", help="N to 10^6 at D = 512 from a memory map, two threads")
+    parser.add_argument("--wide", action="store_true", help="K = 1,000 and D = 2,048, in this process")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--folder", type=Path, help="where the features' files go (default: a temporary folder)")
+    parsed = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=parsed.folder) as name:
+        folder = Path(name)
+        if parsed.wide:
+            return wide.main()
+        if parsed.million:
+            return million(folder)
+        features([*(size for sizes in SWEEPS.values() for size in sizes), LEFT_OUT], folder)
+        if parsed.device == "cuda" and not torch.cuda.is_available():
+            sys.exit("--device cuda: there is no GPU on this machine")
+        points = sweep(folder, parsed.device)
+        devices(folder)
+        if parsed.fit:
+            model = report_fit(points, run(LEFT_OUT, folder))
+            show_plan(model.passes, decoded(folder))
+
+
+if __name__ == "__main__":
+    main()
