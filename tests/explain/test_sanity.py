@@ -47,7 +47,7 @@ def test_four_times_the_same_data_and_prior_halve_the_sd(structure):
     torch.testing.assert_close(four.sd, one.sd / 2, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("structure", ["full", "kron", "diag"])
 def test_without_evidence_the_sd_is_the_priors(structure):
     """Var of a centred cell under the prior: |A(u)|^2 (1 - 1/K) / tau; one faint image hardly moves it."""
     fit = fit_laplace(
