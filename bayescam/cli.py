@@ -79,7 +79,8 @@ def _in_words(error: Exception) -> str | None:
     if isinstance(error, OSError):
         if error.errno is None or error.strerror is None:
             return str(error)
-        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        name = error.filename2 or error.filename  # of a renaming, the name it was to have
+        where = "" if name is None else f"{os.fsdecode(name)}: "
         return f"{where}{error.strerror}; {_WAYS.get(error.errno, 'name another place')}"
     if isinstance(error, ValueError):
         return f"{error} (--debug shows where)"

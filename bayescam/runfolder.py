@@ -107,7 +107,8 @@ def opened(
     """The folder of a run, locked by this process, with the run's configuration in ``config.toml``.
 
     Raises:
-        UsageError: the folder is a file, holds something finished already, or (on resume) another configuration.
+        UsageError: the folder is a file, lies among the images or in another run, holds something finished already, or
+            (on resume) another configuration.
         BayescamError: another process runs in it, it cannot be written, or (on resume) a file of a complete run is not
             what it was.
         AlreadyComplete: on resume, when ``run.json`` says complete and every file is as it lists it.
@@ -126,6 +127,7 @@ def opened(
         _refuse_other_program(path)
         refuse_foreign(path, held, WRITTEN)
     config = _config(path, config_file, overrides, resume=resume and ours)
+    _refuse_inside(path, config)
     with locked(path):
         if resume and (path / "run.json").is_file():
             verified(path, *recorded(path))
@@ -136,6 +138,16 @@ def opened(
         if not ours or not resume:
             write_text(path / "config.toml", to_toml(config))
         yield RunFolder(path), config
+
+
+def _refuse_inside(path: Path, config: Config) -> None:
+    """Refuse a run folder among the images, where its figures would be images, or in another run folder."""
+    out, data = path.resolve(), Path(config.data.spec)
+    if (data.is_dir() and not (data / "manifest.csv").is_file()) and out.is_relative_to(data.resolve()):
+        raise UsageError(f"--out {path}: lies among the images of --data {data}; name a folder outside")
+    for parent in out.parents:
+        if is_file(parent / _STAGES):
+            raise UsageError(f"--out {path}: lies in the run folder {parent}; name a folder outside")
 
 
 def _refuse_other_program(path: Path) -> None:

@@ -68,6 +68,33 @@ def test_overwrite_keeps_its_hands_off_a_project_that_has_a_config_toml(tmp_path
         assert not (tmp_path / "r/metrics.json").exists()
 
 
+def test_a_run_inside_its_data_or_inside_another_run_is_refused(tmp_path):
+    """Figures in a class folder would be images of that class when the run is resumed."""
+    (tmp_path / "images/hand").mkdir(parents=True)
+    spec = {"data.spec": str(tmp_path / "images")}
+    for out in ("images/runs/1", "images/hand", "images/../images/hand/new"):
+        with pytest.raises(UsageError, match=r"lies among the images of --data .*outside"), _open(tmp_path / out, spec):
+            pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["images", "hand"]
+    with _open(tmp_path / "r", spec) as (folder, _):
+        _stage(folder, "a")
+    with pytest.raises(UsageError, match="lies in the run folder"), _open(tmp_path / "r/inner"):
+        pass
+    (tmp_path / "images/manifest.csv").write_text("path,label\n")
+    with _open(tmp_path / "images/runs/1", spec):
+        pass
+
+
+def test_a_run_that_finished_nothing_may_be_begun_with_other_settings(tmp_path):
+    with pytest.raises(OSError, match="absent"), _open(tmp_path / "r", {"seed": 1}):
+        raise OSError("absent")
+    with _open(tmp_path / "r", {"seed": 2}) as (folder, config):
+        assert config.seed == 2
+        _stage(folder, "a")
+    with pytest.raises(UsageError, match="not empty"), _open(tmp_path / "r", {"seed": 3}):
+        pass
+
+
 def test_resume_keeps_whole_stages_and_overwrite_drops_them(tmp_path):
     with _open(tmp_path / "r") as (folder, _):
         _stage(folder, "a")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
+MOST_IMAGES = 10_000_000
 
 
 def add_parser(subparsers: Any) -> None:
@@ -87,7 +88,10 @@ def _check(parsed: argparse.Namespace) -> int:
 
     from bayescam.data.check import check_dataset
     from bayescam.data.dataset import open_dataset
+    from bayescam.errors import UsageError
 
+    if not 0 <= parsed.num_workers <= 1024:
+        raise UsageError(f"--num-workers {parsed.num_workers}: give a whole number from 0 to 1024")
     found = check_dataset(open_dataset(parsed.data, root=parsed.root), num_workers=parsed.num_workers)
     print(json.dumps(found.to_dict(), indent=1) if parsed.json else found.text())
     return FAILED if found.unreadable else DONE
@@ -107,8 +111,10 @@ def _phantom(parsed: argparse.Namespace) -> int:
     from bayescam.data.phantom.export import export
     from bayescam.errors import UsageError
 
-    if parsed.num < 1 or parsed.seed < 0:
-        raise UsageError(f"--num is {parsed.num} and --seed {parsed.seed}; give at least 1 image and a seed from 0 on")
+    if not 1 <= parsed.num <= MOST_IMAGES:
+        raise UsageError(f"--num {parsed.num}: give a whole number from 1 to {MOST_IMAGES}")
+    if not 0 <= parsed.seed < 2**31:
+        raise UsageError(f"--seed {parsed.seed}: give a whole number from 0 to {2**31 - 1}")
     print(export(parsed.out, parsed.num, parsed.seed, parsed.layout))
     return DONE
 

@@ -113,7 +113,7 @@ def test_the_phantom_written_opens_through_its_manifest_and_as_mura(tmp_path, ca
     assert {record.obs_id: record.split for record in open_dataset(tmp_path / "mura").records} == split_of
     capsys.readouterr()
     assert main(["data", "phantom", "--num", "0", "--out", str(tmp_path / "x")]) == 2
-    assert "--num is 0" in capsys.readouterr().err
+    assert "--num 0: give a whole number from 1" in capsys.readouterr().err
 
 
 def test_manifest_command(tmp_path, capsys):
