@@ -19,7 +19,7 @@ from bayescam.errors import BayescamError, UsageError
 from bayescam.explain.cam import CamPosterior
 from bayescam.explain.gradcam import explanation_maps
 from bayescam.posterior.laplace import Laplace, load_laplace
-from bayescam.runfolder import verified
+from bayescam.runfolder import of_images, verified
 from bayescam.stages.state import chosen_posterior
 from bayescam.storage import atomic_path, printable
 
@@ -77,7 +77,7 @@ def load_run(run: Path, *, device: str = "auto") -> LoadedRun:
     Raises:
         BayescamError: not a complete run, or a file that was changed.
     """
-    verified(run, "comparison.json", "backbone.safetensors")
+    verified(of_images(run), "comparison.json", "backbone.safetensors")
     method, file = chosen_posterior(run)
     verified(run, file)
     used = resolve_device(device)

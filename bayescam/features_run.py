@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from bayescam import __version__
 from bayescam.errors import UsageError
 from bayescam.runfolder import RunFolder, clear, locked, recorded, refuse_foreign, sweep, verified
@@ -226,6 +224,8 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _standardised(table: FeatureTable) -> FeatureTable:
+    import numpy as np
+
     largest = np.abs(table.features).max(0)
     largest[largest == 0] = 1
     scaled = table.features / largest

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bayescam import __version__
 from bayescam.config import read_config
 from bayescam.parallel import from_first, joined, rank
-from bayescam.runfolder import AlreadyComplete, RunFolder, opened, sealed
+from bayescam.runfolder import AlreadyComplete, RunFolder, of_images, opened, sealed
 from bayescam.stages.fitting import features, laplace, nuts, train
 from bayescam.stages.judging import arviz, compare, predict
 from bayescam.stages.reading import read
@@ -82,7 +82,7 @@ def report_again(path: Path) -> list[Path]:
     from bayescam.report.html import write_report
     from bayescam.report.model_card import write_model_card
 
-    sealed(path)
+    sealed(of_images(path))
     facts = read_json(path / "run.json")
     written = [write_report(path), write_model_card(path)]
     RunFolder(path).complete({key: facts.get(key) for key in ("bayescam", "seed", "preset")})

@@ -307,6 +307,17 @@ def sealed(path: Path) -> Path:
     return verified(path, *(name for name in recorded(path) if name not in _REMADE))
 
 
+def of_images(path: Path) -> Path:
+    """A complete run folder of ``bayescam run``; one of ``bayescam posterior`` has neither network nor images.
+
+    Raises:
+        BayescamError: as ``verified``, or it is a run on features.
+    """
+    if "config.toml" not in recorded(path) and is_file(path / "settings.json"):
+        raise BayescamError(f"--run {path}: is a run on features, without images; give the folder of a bayescam run")
+    return path
+
+
 def recorded(path: Path) -> list[str]:
     """The files that ``run.json`` lists."""
     files = read_json(verified(path) / "run.json").get("files")

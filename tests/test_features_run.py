@@ -123,6 +123,13 @@ def test_resuming_a_complete_run_names_the_file_that_was_changed_by_one_byte(fea
         run_features(features, out, SMALL, resume=True)
 
 
+@pytest.mark.parametrize("command", [["report"], ["predict", "x.png", "--run"]])
+def test_what_needs_images_says_that_the_run_has_none(features, tmp_path, sealing, capsys, command):
+    run_features(features, tmp_path / "out", SMALL)
+    assert main([*command, str(tmp_path / "out")]) == 1
+    assert "is a run on features, without images; give the folder of a bayescam run" in capsys.readouterr().err
+
+
 def test_overwriting_replaces_the_run_and_all_that_is_of_it(features, tmp_path, sealing):
     out = tmp_path / "out"
     run_features(features, out, SMALL)

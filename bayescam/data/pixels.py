@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -98,8 +99,9 @@ def letterboxed(image: np.ndarray, size: int) -> tuple[np.ndarray, Geometry]:
 def load_pixels(folder: Path, num: int, size: int) -> Pixels | None:
     """What ``save_pixels`` left in ``folder``, as a memory map; None where it is absent, broken or of another shape."""
     try:
-        images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
-        rows = np.load(folder / "geometry.npy", allow_pickle=False)
+        with warnings.catch_warnings(action="error"):  # a header that numpy has to mend is not ours
+            images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+            rows = np.load(folder / "geometry.npy", allow_pickle=False)
     except Exception:  # numpy parses headers as Python text: it raises almost anything
         return None
     if images.shape != (num, size, size) or images.dtype != np.uint16:
