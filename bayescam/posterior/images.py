@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _CHUNK_ELEMENTS = 1 << 21
+_MORE_OFF_CPU = 16  # a chunk that fills a processor's cache does not fill a GPU
 _ValueT = TypeVar("_ValueT", bound=Tensor)
 
 
@@ -57,8 +58,9 @@ class TrainingImages:
         return torch.float64 if wide else torch.float32
 
     def chunks(self, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Row ranges and their features, (n, D) of ``dtype`` on ``device``."""
+        """Row ranges and their features, (n, D) of ``dtype`` on ``device``; on a GPU 16 times as many rows at once."""
         step = rows or max(256, _CHUNK_ELEMENTS // (self.num_features + 1))
+        step *= 1 if self.device.type == "cpu" else _MORE_OFF_CPU
         for start in range(0, len(self.labels), step):
             span = slice(start, min(start + step, len(self.labels)))
             yield span, as_features(self.features[span]).to(self.device, self.dtype)
@@ -103,7 +105,9 @@ def check_images(
 ) -> TrainingImages:
     """Check what a fit is given, and name what is wrong.
 
-    With a group every rank checks its shard before any sum runs: where one refuses, all do.
+    The sums run on the features' device, or on the labels' where the features are an array: so a memory map can be
+    worked off on a GPU, chunk by chunk. With a group every rank checks its shard before any sum runs: where one
+    refuses, all do.
 
     Raises:
         TypeError: features or labels of a type that cannot be meant.
@@ -111,10 +115,11 @@ def check_images(
             or type.
         RankError: another rank's shard was refused.
     """
-    device = features.device if isinstance(features, Tensor) else torch.device("cpu")
+    device = next((found.device for found in (features, labels) if isinstance(found, Tensor)), torch.device("cpu"))
 
     def shard() -> Tensor:
         _check_features(features)
+        _check_device(device)
         return _check_labels(labels, len(features)).to(device)
 
     own = together(shard, group, device)
@@ -176,6 +181,11 @@ def _check_features(features: Tensor | np.ndarray) -> None:
     _check_type(features)
     if len(features.shape) != 2 or features.shape[1] == 0:
         raise ValueError(f"features must be (N, D) with D >= 1, got shape {tuple(features.shape)}")
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type == "mps":
+        raise ValueError("features lie on mps, which has no float64, and the posterior needs it; give features.cpu()")
 
 
 def _check_type(features: Tensor | np.ndarray) -> None:

@@ -103,9 +103,9 @@ def nuts(state: RunState) -> None:
     train = state.own_training()
     with state.stage("nuts", ["posterior/nuts.safetensors"]):
         nuts = sample_nuts(
-            state.gaussians["laplace_refined"],
-            train.features,
-            train.labels,
+            state.gaussians["laplace_refined"].to(state.device),
+            train.features.to(state.device),
+            train.labels.to(state.device),
             num_chains=settings.num_chains,
             num_samples=settings.num_samples,
             num_warmup=settings.num_warmup,
