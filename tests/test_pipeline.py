@@ -79,6 +79,7 @@ class TestPhantom:
         assert "more than the bones do with probability 0." in words
         cams = load_netcdf(tiny_run / "cams.nc")
         assert 0 <= cams.attrs["marker_low"] <= cams.attrs["marker_mean"] <= cams.attrs["marker_high"] <= 1
+        assert cams["attribution"].shape == cams["joint"].shape
         assert cams["joint"].shape == (*cams["marker_outranks"].shape, cams.attrs["h"], cams.attrs["w"])
         assert cams.attrs["marker_images"] >= np.isfinite(cams["marker_outranks"].values).sum() > 0
 

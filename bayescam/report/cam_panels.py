@@ -32,6 +32,8 @@ class CasePanels:
         probabilities: (K,) of the posterior predictive, or None.
         title: of the picture, shown as it is.
         interpolated: whether mean and sd are upsampled; cells as they are if not.
+        doubt: (3, 3), of each ninth of the picture the share of the variance of the map's mean (and bias) that comes
+            from it (``CamPosterior.attribution``), where it is known; some may be below 0.
         marker: P(the lead marker outranks the bones), where it is known.
     """
 
@@ -47,6 +49,7 @@ class CasePanels:
     probabilities: tuple[float, ...] | None
     title: str
     interpolated: bool
+    doubt: np.ndarray | None = None
     marker: float | None = None
 
     def __post_init__(self) -> None:
@@ -94,7 +97,8 @@ def case_panels(
     geometry = geometry or Geometry(height, width, max(height, width), height, width, 0, 0)
     if (geometry.height, geometry.width) != (height, width):
         raise ValueError(f"image is {image.shape} and its geometry {(geometry.height, geometry.width)}")
-    maps = pixel_maps(posterior, label, Upsampling.to_original(posterior.shape, _sampled(geometry, _FINE)))
+    fine = Upsampling.to_original(posterior.shape, _sampled(geometry, _FINE))
+    maps, attribution = pixel_maps(posterior, label, fine), fine.values(posterior.attribution(label)[0])
     coarse = Upsampling.to_original(posterior.shape, _sampled(geometry, _JOINT))
     joint = joint_exceedance(posterior, label, upsampling=coarse, num_samples=2000)
     cell = [
@@ -117,6 +121,7 @@ def case_panels(
         probabilities=None if probabilities is None else tuple(float(p) for p in probabilities),
         title=printable(title, 80),
         interpolated=True,
+        doubt=_ninths(attribution.cpu().double().numpy()),
     )
 
 
@@ -130,11 +135,12 @@ def cell_panels(
     probabilities: Sequence[float] | None = None,
     title: str = "",
     joint: np.ndarray | None = None,
+    attribution: np.ndarray | None = None,
     marker: float | None = None,
 ) -> CasePanels:
     """The panels where only the cells' Gaussian means and sds (h, w) over the network's square are at hand.
 
-    The cells are shown as they are, since sds may not be interpolated; ``joint`` (h, w) is of the cells too.
+    The cells are shown as they are, since sds may not be interpolated; ``joint`` and ``attribution``, (h, w), are too.
     """
     from scipy.special import ndtr
 
@@ -153,6 +159,7 @@ def cell_panels(
         probabilities=None if probabilities is None else tuple(float(p) for p in probabilities),
         title=printable(title, 80),
         interpolated=False,
+        doubt=None if attribution is None else _ninths(attribution),
         marker=marker,
     )
 
@@ -178,6 +185,12 @@ def caption(case: CasePanels, *, level: float = 0.9) -> str:
         if case.joint is not None:
             alone += f" point by point (dashed), {(case.joint >= level).mean():.0%} jointly (solid)"
         parts.append(alone + ".")
+    if case.doubt is not None:
+        most = np.unravel_index(int(case.doubt.argmax()), (3, 3))
+        parts.append(
+            f"What makes the model unsure of {name} lies most {_place(most, (3, 3))}: {case.doubt.max():.0%} of the "
+            "variance of the map's mean, a ninth if it were spread evenly."
+        )
     if case.marker is not None:
         parts.append(f"The lead marker speaks for {name} more than the bones do with probability {case.marker:.2f}.")
     size = " x ".join(f"{pixels:.0f}" for pixels in case.cell_pixels)
@@ -203,6 +216,18 @@ def _place(peak: Sequence[np.integer], shape: tuple[int, ...]) -> str:
     row = ("top", "middle", "bottom")[min(2, 3 * int(peak[0]) // shape[0])]
     column = ("left", "centre", "right")[min(2, 3 * int(peak[1]) // shape[1])]
     return "in the centre" if (row, column) == ("middle", "centre") else f"at the {row} {column} of the picture"
+
+
+def _ninths(attribution: np.ndarray) -> np.ndarray | None:
+    """The share of each ninth, (3, 3), in the sum of a map; None where that is 0."""
+    total = float(attribution.sum())
+    if total <= 0:
+        return None
+    shares = []
+    for size in attribution.shape:
+        edges, starts = np.arange(size + 1) * 3 / size, np.arange(3)[:, None]
+        shares.append((np.minimum(edges[1:], starts + 1) - np.maximum(edges[:-1], starts)).clip(0) * size / 3)
+    return shares[0] @ attribution @ shares[1].T / total
 
 
 def _sampled(geometry: Geometry, longest: int) -> Geometry:

@@ -235,6 +235,7 @@ def cam_cases(files: RunFiles) -> list[CasePanels]:
                 probabilities=probs.tolist(),
                 title=f"truth: {files.classes[truth]}",
                 joint=cams["joint"].values[i],
+                attribution=cams["attribution"].values[i],
                 marker=None if np.isnan(marker[i]) else float(marker[i]),
             )
         )

@@ -56,7 +56,7 @@ def cams(state: RunState) -> None:
 
 
 def _maps(state: RunState, rows: np.ndarray, chosen: Any, file: str) -> Any:
-    """The images of ``rows``, their maps' mean and sd, and what was predicted for them; ``joint`` is of that class."""
+    """The images of ``rows``, their maps' mean and sd, and what was predicted for them; two are of that class."""
     import xarray as xr
 
     from bayescam.explain.cam import CamPosterior
@@ -66,13 +66,14 @@ def _maps(state: RunState, rows: np.ndarray, chosen: Any, file: str) -> Any:
     images = state.pixels.batch(rows)
     maps = explanation_maps(state.backbone, images.to(state.device)).cpu()
     posterior = CamPosterior(maps.double(), load_laplace(state.folder / file))
-    joint = joint_exceedance(posterior, torch.from_numpy(chosen["probs"].values.argmax(1)))
+    predicted = torch.from_numpy(chosen["probs"].values.argmax(1))
     geometry = [asdict(state.pixels.geometry[i]) for i in rows]
     return xr.Dataset(
         {
             "mean": (("obs_id", "label", "row", "col"), posterior.mean.numpy()),
             "sd": (("obs_id", "label", "row", "col"), posterior.sd.numpy()),
-            "joint": (("obs_id", "row", "col"), joint.numpy()),
+            "joint": (("obs_id", "row", "col"), joint_exceedance(posterior, predicted).numpy()),
+            "attribution": (("obs_id", "row", "col"), posterior.attribution(predicted).numpy()),
             "image": (("obs_id", "y_pixel", "x_pixel"), (images[:, 0] * 255).round().to(torch.uint8).numpy()),
             "y": (("obs_id",), chosen["y"].values),
             "probs": (("obs_id", "label"), chosen["probs"].values),

@@ -175,6 +175,24 @@ def test_the_caption_says_the_numbers_and_where():
     assert "in the centre" in caption(replace(case, mean=np.pad([[1.0]], 4)[:9, :9], sd=np.ones((9, 9))))
 
 
+def test_the_caption_says_what_makes_the_model_unsure():
+    attribution = np.zeros((4, 4))
+    attribution[0, 3], attribution[2, 0] = 3.0, 1.0
+    case = cell_panels(
+        np.zeros((20, 20)), np.eye(4), np.eye(4), label=0, classes=CLASSES, attribution=attribution, title="one"
+    )
+    assert case.doubt.sum() == pytest.approx(1)
+    # The cells are quarters and the places thirds of a side: a corner cell lies in one place, others are shared out.
+    assert case.doubt[0].tolist() == pytest.approx([0, 0, 0.75])
+    assert case.doubt[:, 0].tolist() == pytest.approx([0, 1 / 4 * 2 / 3, 1 / 4 * 1 / 3])
+    assert "unsure of elbow lies most at the top right of the picture: 75% of the variance" in caption(case)
+    nothing = cell_panels(
+        np.zeros((9, 9)), np.eye(4), np.eye(4), label=0, classes=CLASSES, attribution=np.zeros((4, 4))
+    )
+    assert "unsure" not in caption(nothing)
+    assert _case().doubt.sum() == pytest.approx(1)
+
+
 def test_cells_are_shown_as_they_are_where_only_their_moments_are_known():
     mean = np.array([[1.0, -1.0], [0.0, 2.0]])
     sd = np.array([[1.0, 1.0], [0.0, 0.5]])
