@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return WRONG_USAGE
     try:
+        _check_working_directory()
         return parsed.handler(parsed)
     except KeyboardInterrupt as interrupt:
         how_far = str(interrupt) or "interrupted"
@@ -48,6 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words is None:
             raise
         return _say_and(FAILED, parsed, words)
+
+
+def _check_working_directory() -> None:
+    """MKL, which torch loads, ends the process where the working directory is gone."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UsageError(f"the working directory is gone ({error.strerror}); cd to another one") from error
 
 
 def _say_and(status: int, parsed: argparse.Namespace, message: str) -> int:

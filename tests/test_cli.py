@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -104,6 +105,46 @@ def test_an_error_in_the_program_itself_keeps_its_traceback(monkeypatch, tmp_pat
     monkeypatch.setattr("bayescam.diagnose.diagnosis.diagnose_run", fails)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["diagnose", str(tmp_path)])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX folders")
+def test_a_working_directory_that_is_gone_is_said(tmp_path, capsys, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for command in (["run"], ["data", "list"], ["posterior", "--features", "f.npz", "--out", "o"]):
+        assert main(command) == 2
+        assert _lines(capsys) == [
+            "bayescam: the working directory is gone (No such file or directory); cd to another one"
+        ]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a POSIX shell")
+@pytest.mark.parametrize(
+    ("shell", "status", "said"),
+    [
+        ("{bayescam} data list | true; exit 0", 0, ""),
+        ("{bayescam} data list >&-", 0, ""),
+        ("{bayescam} data list 2>&-", 0, ""),
+        ("{bayescam} posterior --features absent --out o 2>&- >&-", 1, ""),
+        ("{bayescam} data list > /dev/full", 1, "bayescam: No space left on device; make room"),
+        (
+            "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {bayescam} posterior --features caf\u00e9 --out o",
+            1,
+            "no such file",
+        ),
+        ("COLUMNS=0 TERM=dumb {bayescam} posterior --features absent --out o <&-", 1, "absent: no such file"),
+    ],
+)
+def test_pipes_that_close_full_disks_and_plain_terminals(tmp_path, shell, status, said):
+    command = shell.format(bayescam=f"{sys.executable} -m bayescam")
+    environment = os.environ | {"BAYESCAM_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, cwd=tmp_path, env=environment, text=True, check=False
+    )
+    assert done.returncode == status, done.stderr
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == bool(said)
 
 
 def test_unknown_flags_and_no_command_are_wrong_usage(capsys):
