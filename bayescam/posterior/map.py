@@ -75,7 +75,7 @@ def descend(
             raise StopIteration
 
     origin = np.zeros(whitener.eigenvalues.numel())
-    options = {"maxcor": 30, "maxiter": _LBFGS_ITERATIONS, "maxfun": 4 * _LBFGS_ITERATIONS, "ftol": 0.0, "gtol": 0.0}
+    options = {"maxcor": 10, "maxiter": _LBFGS_ITERATIONS, "maxfun": 4 * _LBFGS_ITERATIONS, "ftol": 0.0, "gtol": 0.0}
     best = minimize(objective, origin, jac=True, method="L-BFGS-B", callback=stop, options=options)
     return start + whitener.unwhiten(torch.from_numpy(best.x).to(start))
 
