@@ -118,7 +118,7 @@ class FullCovariance(_Movable):
         rows = x.to(self.precision_cholesky).reshape(-1, x.shape[-1])
         m, contrasts, width = self.inverse_cholesky.shape
         out = rows.new_empty(len(rows), contrasts, contrasts)
-        chunk = max(1, (1 << 24) // (m * contrasts))
+        chunk = max(16, (1 << 21) // (m * contrasts))
         for start in range(0, len(rows), chunk):
             part = rows[start : start + chunk]
             whitened = part.new_zeros(len(part), contrasts, m)
@@ -143,7 +143,12 @@ class FullCovariance(_Movable):
 
     def perturb(self, scale: Tensor, z: Tensor) -> Tensor:
         """Centred logits minus their mean, from ``logit_scale`` and standard normals z (T, K-1): (n, K, T)."""
-        return self.basis @ scale @ z.to(scale).T
+        return self.basis.to(scale) @ scale @ z.to(scale).T
+
+    def relative_variance(self, scale: Tensor, label: Tensor) -> Tensor:
+        """Var(f_k - f_label) from ``logit_scale``, label (n,): (n, K)."""
+        rows = self.basis.to(scale) @ scale
+        return (rows - rows[torch.arange(len(label), device=label.device), label].unsqueeze(1)).square().sum(-1)
 
     def unwhiten(self, z: Tensor) -> Tensor:
         """theta = (Q (x) I) L^-T z, of covariance Sigma (the shift apart) for standard normal z: (M,) -> (K, D+1)."""
@@ -152,6 +157,10 @@ class FullCovariance(_Movable):
     def whiten_gradient(self, gradient: Tensor) -> Tensor:
         """The gradient in z of a function whose gradient in theta is (K, D+1): the transpose of ``unwhiten``."""
         return torch.einsum("mje,je->m", self.inverse_cholesky, self.basis.T @ gradient)
+
+    def distance(self, theta: Tensor) -> float:
+        """sqrt(theta^T Sigma^-1 theta) of a (K, D+1) that sums to nought over classes: its length in posterior sds."""
+        return float((self.precision_cholesky.T @ (self.basis.T @ theta).flatten()).norm())
 
     def diagonal(self) -> Tensor:
         """The variances of [weight, bias], (K, D+1)."""
@@ -252,7 +261,15 @@ class KronCovariance(_Movable):
 
     def perturb(self, scale: Tensor, z: Tensor) -> Tensor:
         """Centred logits minus their mean, from ``logit_scale`` and standard normals z (T, K-1): (n, K, T)."""
-        return self.class_vectors @ (scale.unsqueeze(-1) * z.to(scale).T)
+        return self.class_vectors.to(scale) @ (scale.unsqueeze(-1) * z.to(scale).T)
+
+    def relative_variance(self, scale: Tensor, label: Tensor) -> Tensor:
+        """Var(f_k - f_label) from ``logit_scale``, label (n,): (n, K)."""
+        vectors, variance = self.class_vectors.to(scale), scale.square()
+        own = vectors[label]
+        cross = (variance * own) @ vectors.T
+        total = variance @ vectors.square().T + (variance * own.square()).sum(1, keepdim=True)
+        return (total - 2 * cross).clamp(min=0)
 
     def unwhiten(self, z: Tensor) -> Tensor:
         """theta = V (z / sqrt(b a + tau)) U^T, of covariance Sigma (the shift apart): ((K-1)(D+1),) -> (K, D+1)."""
@@ -263,6 +280,11 @@ class KronCovariance(_Movable):
         """The gradient in z of a function whose gradient in theta is (K, D+1): the transpose of ``unwhiten``."""
         rotated = self.class_vectors.T @ gradient @ self.feature_vectors
         return (rotated * self.eigenvalues.rsqrt()).flatten()
+
+    def distance(self, theta: Tensor) -> float:
+        """sqrt(theta^T Sigma^-1 theta) of a (K, D+1) that sums to nought over classes: its length in posterior sds."""
+        rotated = self.class_vectors.T @ theta @ self.feature_vectors
+        return float((self.eigenvalues * rotated.square()).sum().sqrt())
 
     def diagonal(self) -> Tensor:
         """The variances of [weight, bias], (K, D+1)."""
@@ -339,6 +361,12 @@ class DiagCovariance(_Movable):
         raw = scale.unsqueeze(-1) * z
         return raw - raw.mean(-2, keepdim=True)
 
+    def relative_variance(self, scale: Tensor, label: Tensor) -> Tensor:
+        """Var(f_k - f_label) from ``logit_scale``, label (n,): (n, K)."""
+        variance = scale.square()
+        both = variance + variance.gather(1, label[:, None])
+        return both.scatter(1, label[:, None], 0.0)
+
     def unwhiten(self, z: Tensor) -> Tensor:
         """theta = z / sqrt(precision), of covariance Sigma for standard normal z: (K(D+1),) -> (K, D+1)."""
         return z.reshape(self.precision.shape) * self.precision.rsqrt()
@@ -346,6 +374,10 @@ class DiagCovariance(_Movable):
     def whiten_gradient(self, gradient: Tensor) -> Tensor:
         """The gradient in z of a function whose gradient in theta is (K, D+1): the transpose of ``unwhiten``."""
         return (gradient * self.precision.rsqrt()).flatten()
+
+    def distance(self, theta: Tensor) -> float:
+        """sqrt(theta^T Sigma^-1 theta) of a (K, D+1): its length in posterior sds."""
+        return float((self.precision * theta.square()).sum().sqrt())
 
     def diagonal(self) -> Tensor:
         """The variances of [weight, bias], (K, D+1)."""

@@ -1,14 +1,24 @@
 """Expectations over the logits of each image under a Gaussian posterior: E_q[log p], E_q[p], E_q[p p^T].
 
-Under q the centred logits of image n are a Gaussian in K-1 dimensions, whatever D is. One rule for the standard
-normal serves all
-images: Gauss-Hermite for K = 2, where the softmax is a function of one variable; else Sobol points, each with
-its mirror image, so that odd moments are exact. ``refine`` measures the rule's error against a rule of other
-points.
+Under q the centred logits of image n are a Gaussian in K-1 dimensions, whatever D is. With x_k = f_k - f_y, the
+logits seen from the label's own,
+
+    -log p_y = log sum_k exp(x_k) = beta sum_{k != y} log(1 + exp x_k) + remainder.
+
+The sum over pairs has closed forms (``logistic_moments``), and holds the rare errors of a confident image: a rival
+that overtakes the label with a probability of a thousandth, by ten logits. A rule of points for the standard normal,
+the same for all images, integrates the remainder, which is nought where only one rival is near and for K = 2. It does
+so for the loss, its gradient E[p] - y and its curvature E[p p^T] alike, so that the three fit together. beta_n is the
+constant at which the gradients in f_y of loss and pairs agree at the start: 1 for a confident image, 2/K where all
+classes are equally likely (a control variate with a fixed coefficient). ``refine`` measures the rule's error against
+a rule of other points.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +28,11 @@ from torch import Tensor
 from bayescam.posterior.covariance import Covariance
 from bayescam.posterior.images import TrainingImages, augment
 
-_ELEMENTS = 1 << 21
+_ELEMENTS = 1 << 18
 _HERMITE_POINTS = 96
+_MIXTURE_POINTS = 24
+_MIXTURE_RANGE = (0.12, 4.5)
+_SERIES = 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,45 +43,120 @@ class NormalRule:
     weights: Tensor
 
 
-def normal_rule(dimension: int, num_points: int, *, seed: int = 0) -> NormalRule:
-    """Gauss-Hermite in one dimension; in more, scrambled Sobol points and their mirror images.
+def normal_rule(dimension: int, num_points: int, *, seed: int = 0, tails: bool = False) -> NormalRule:
+    """Gauss-Hermite in one dimension; in more, scrambled Sobol points and their mirror images, whitened.
+
+    Odd moments are exact, and with 4 points a dimension the second moments too.
 
     Args:
         dimension: of z.
         num_points: T >= 2, even; Gauss-Hermite uses 96 whatever is asked.
         seed: of the scramble.
+        tails: spread the points out as Normal(0, c^2), with the weights' variance 1 that this costs: (c^2 / sqrt(2 c^2
+            - 1))^dimension = 2. Rare events meet more points of less weight.
     """
     if dimension == 1:
-        nodes, weights = np.polynomial.hermite_e.hermegauss(_HERMITE_POINTS)
-        return NormalRule(torch.from_numpy(nodes)[:, None], torch.from_numpy(weights / weights.sum()))
+        nodes, heights = np.polynomial.hermite_e.hermegauss(_HERMITE_POINTS)
+        return NormalRule(torch.from_numpy(nodes)[:, None], torch.from_numpy(heights / heights.sum()))
     if num_points < 2 or num_points % 2:
         raise ValueError(f"num_points is {num_points}; give an even number (points come with their mirror images)")
     sobol = torch.quasirandom.SobolEngine(dimension, scramble=True, seed=seed)
     half = torch.special.ndtri(sobol.draw(num_points // 2, dtype=torch.float64).clamp(1e-9, 1 - 1e-9))
     points = torch.cat([half, -half])
-    return NormalRule(points, torch.full((num_points,), 1 / num_points, dtype=torch.float64))
+    weights = torch.full((num_points,), 1 / num_points, dtype=torch.float64)
+    if tails:
+        excess = 4 ** (1 / dimension) - 1
+        stretch = 1 + excess + math.sqrt(excess * (1 + excess))
+        weights = (-0.5 * (stretch - 1) * points.square().sum(1)).softmax(0)
+        points = math.sqrt(stretch) * points
+    if num_points >= 4 * dimension:
+        second = torch.linalg.cholesky(points.T @ (weights[:, None] * points))
+        points = torch.linalg.solve_triangular(second, points.T, upper=False).T
+    return NormalRule(points, weights)
+
+
+@functools.cache
+def _logistic_mixture() -> tuple[Tensor, Tensor]:
+    """Sds (J,) and weights (J,) of normals whose mixture is the logistic distribution, to 1e-11 in its cdf.
+
+    A logistic variable is 2 kappa z with z standard normal and kappa of Kolmogorov's distribution (Andrews and
+    Mallows 1974), whose density, by whichever of its two series converges, is summed by the trapezoidal rule in
+    log kappa.
+    """
+    low, high = (math.log(end) for end in _MIXTURE_RANGE)
+    kappa = torch.linspace(low, high, _MIXTURE_POINTS, dtype=torch.float64).exp()
+    j = torch.arange(1, _SERIES, dtype=torch.float64)[:, None]
+    above = (8 * kappa * (-1) ** (j - 1) * j**2 * (-2 * (j * kappa) ** 2).exp()).sum(0)
+    odd = (2 * j - 1) ** 2 * math.pi**2 / 8
+    below = math.sqrt(2 * math.pi) * ((2 * odd / kappa**4 - 1 / kappa**2) * (-odd / kappa**2).exp()).sum(0)
+    weights = torch.where(kappa > 0.6, above, below) * kappa
+    return 2 * kappa, weights / weights.sum()
+
+
+def logistic_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """E[log(1 + e^x)], E[s(x)] and E[s'(x)], s the logistic function, of x ~ Normal(mean, variance), any one shape.
+
+    With the logistic distribution a mixture of Normal(0, sigma_j^2) of weights w_j, r_j^2 = sigma_j^2 + variance
+    and t_j = mean / r_j: sum_j w_j (mean Phi(t_j) + r_j phi(t_j)), sum_j w_j Phi(t_j) and sum_j w_j phi(t_j) / r_j.
+    """
+    soft, step, slope = torch.zeros_like(mean), torch.zeros_like(mean), torch.zeros_like(mean)
+    for sd, weight in zip(*(part.tolist() for part in _logistic_mixture()), strict=True):
+        spread = (variance + sd**2).sqrt()
+        t = mean / spread
+        density = (-0.5 * t * t).exp() * (weight / math.sqrt(2 * math.pi))
+        below = torch.special.ndtr(t) * weight
+        soft += mean * below + spread * density
+        step += below
+        slope += density / spread
+    return soft, step, slope
+
+
+@dataclass(frozen=True, eq=False)
+class LogitRule:
+    """How each image's expectations are taken: the pairs of classes exactly, the remainder by points.
+
+    Args:
+        normal: the points, in the covariance's ``logit_rank`` dimensions.
+        shares: beta_n, (N,), of this rank's images.
+    """
+
+    normal: NormalRule
+    shares: Tensor
+
+
+def logit_rule(images: TrainingImages, theta: Tensor, covariance: Covariance, num_points: int, seed: int) -> LogitRule:
+    """The rule for these images, with beta_n = sum_{k != y} p_nk / sum_{k != y} s(f_nk - f_ny) at theta (K, D+1)."""
+    shares = []
+    for span, phi in images.chunks():
+        logits = augment(phi) @ theta.to(phi).T
+        relative, label = relative_to(logits, images.labels[span]), images.labels[span, None]
+        rivals, pairs = (p.scatter(1, label, 0.0).sum(1) for p in (relative.softmax(1), relative.sigmoid()))
+        shares.append(torch.where(pairs > 1e-20, rivals / pairs, 1.0))
+    if images.num_classes == 2:
+        normal = NormalRule(torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+    else:
+        normal = normal_rule(covariance.logit_rank, num_points, seed=seed, tails=True)
+    return LogitRule(normal, torch.cat(shares))
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """The first two moments of each image's class probabilities under q, this rank's images.
+    """What E_q[p p^T] says of the curvature, this rank's images.
 
     Args:
-        mean: E[p_n], (N, K).
-        square: E[p_nk^2], (N, K).
-        products: E[p_na p_nb] for a < b, (N, K(K-1)/2), where the structure is "full".
+        variances: E[p_nk (1 - p_nk)], (N, K).
+        products: E[p_na p_nb] >= 0 for a < b, (N, K(K-1)/2), where the structure is "full".
         summed_products: sum_n w_n E[p_na p_nb] for a < b, (K(K-1)/2,) over all ranks, where it is "kron".
     """
 
-    mean: Tensor
-    square: Tensor
+    variances: Tensor
     products: Tensor | None
     summed_products: Tensor | None
 
     @property
     def spread(self) -> Tensor:
-        """E[tr Lambda_n] = 1 - sum_k E[p_nk^2], (N,)."""
-        return (1 - self.square.sum(1)).clamp(min=0)
+        """E[tr Lambda_n] = sum_k E[p_nk (1 - p_nk)], (N,)."""
+        return self.variances.sum(1)
 
 
 def logit_scales(images: TrainingImages, covariance: Covariance) -> Tensor:
@@ -78,55 +166,107 @@ def logit_scales(images: TrainingImages, covariance: Covariance) -> Tensor:
 
 
 def expected_loss(
-    images: TrainingImages, theta: Tensor, covariance: Covariance, scales: Tensor, rule: NormalRule
+    images: TrainingImages, theta: Tensor, covariance: Covariance, scales: Tensor, rule: LogitRule
 ) -> tuple[float, Tensor]:
     """sum_n w_n E_q[-log p(y_n)] and its gradient in the mean, sum_n w_n (E[p_n] - y_n) phi~_n^T, (K, D+1)."""
     loss = torch.zeros(1, dtype=torch.float64, device=images.device)
     gradient = torch.zeros_like(theta)
-    local, weights = covariance.to(images.dtype), rule.weights.to(scales)
-    for span, phi in images.chunks(_rows(images, rule)):
-        x, label = augment(phi), images.labels[span, None]
-        log_proba = _log_probabilities(x, theta, local, scales[span], rule)
-        hit = log_proba.gather(1, label.unsqueeze(-1).expand(-1, 1, len(weights))).squeeze(1) @ weights
-        residual = (log_proba.exp_() @ weights).scatter_add_(1, label, -torch.ones_like(hit)[:, None])
+    for span, x, part in _parts(images, theta, covariance, scales, rule):
+        soft, step, _ = part.pairs()
+        largest = part.relative.amax(1)
+        proba = (part.relative - largest.unsqueeze(1)).exp_()
+        total = proba.sum(1)
+        logistic = part.relative.sigmoid()
+        softplus = part.relative.clamp(min=0) - torch.maximum(logistic, 1 - logistic).log_()
+        soft -= part.but_label(softplus @ part.weights)
+        step -= part.but_label(logistic @ part.weights)
+        value = (largest + total.log()) @ part.weights + part.share * soft.sum(1)
+        residual = (proba / total.unsqueeze(1)) @ part.weights + part.share[:, None] * step
+        residual = part.but_label(residual)
+        residual -= part.at_label(residual.sum(1))
         if images.image_weights is not None:
-            hit, residual = hit * images.image_weights[span].to(x), residual * images.image_weights[span, None].to(x)
-        loss -= hit.sum(dtype=torch.float64)
+            own = images.image_weights[span].to(x)
+            value, residual = value * own, residual * own[:, None]
+        loss += value.sum(dtype=torch.float64)
         gradient += (residual.T @ x).double()
     sums = images.total(torch.cat([loss, gradient.flatten()]))
     return float(sums[0]), sums[1:].reshape(gradient.shape)
 
 
-def moments(images: TrainingImages, theta: Tensor, covariance: Covariance, scales: Tensor, rule: NormalRule) -> Moments:
-    """E_q of p and p p^T at every image, as far as the structure of the covariance needs them."""
+def moments(images: TrainingImages, theta: Tensor, covariance: Covariance, scales: Tensor, rule: LogitRule) -> Moments:
+    """E_q of p p^T at every image, as far as the structure of the covariance needs it."""
     k, structure = images.num_classes, covariance.structure
     a, b = torch.triu_indices(k, k, 1, device=images.device)
-    local, weights = covariance.to(images.dtype), rule.weights.to(scales)
-    means, squares, products = [], [], []
+    variances, products = [], []
     summed = torch.zeros(k, k, dtype=torch.float64, device=images.device)
-    for span, phi in images.chunks(_rows(images, rule)):
-        proba = _log_probabilities(augment(phi), theta, local, scales[span], rule).exp_()
-        weighted = proba * weights
-        means.append(weighted.sum(-1))
-        squares.append((proba * weighted).sum(-1))
+    for span, _, part in _parts(images, theta, covariance, scales, rule):
+        proba = part.relative.softmax(1)
+        step = part.relative.sigmoid()
+        added = part.share[:, None] * (part.pairs()[2] - part.but_label((step * (1 - step)) @ part.weights))
+        weighted = proba * part.weights
+        variances.append(((1 - proba) * weighted).sum(-1) + added + part.at_label(added.sum(1)))
         if structure == "full":
-            products.append((proba @ weighted.mT)[:, a, b])
+            square = proba @ weighted.mT
+            square[torch.arange(len(added)), part.label] += added
+            square[torch.arange(len(added)), :, part.label] += added
+            products.append(square[:, a, b].clamp(min=0))
         elif structure == "kron":
             if images.image_weights is not None:
                 weighted = weighted * images.image_weights[span, None, None].to(weighted)
+                added = added * images.image_weights[span, None].to(weighted)
             summed += (proba.transpose(0, 1).flatten(1) @ weighted.transpose(0, 1).flatten(1).T).double()
+            rivals = torch.zeros_like(summed).index_add_(0, part.label, added.double())
+            summed += rivals + rivals.T
     return Moments(
-        torch.cat(means),
-        torch.cat(squares),
+        torch.cat(variances),
         torch.cat(products) if structure == "full" else None,
         images.total(summed)[a, b] if structure == "kron" else None,
     )
 
 
-def _log_probabilities(x: Tensor, theta: Tensor, covariance: Covariance, scales: Tensor, rule: NormalRule) -> Tensor:
-    """log softmax of the logits at every point of the rule: rows x (n, D+1) -> (n, K, T)."""
-    return ((x @ theta.to(x).T).unsqueeze(-1) + covariance.perturb(scales, rule.points)).log_softmax(1)
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Some images at all points: relative (n, K, T), x_k = f_k - f_y; the rule's weights (T,), in the images' type.
+
+    Also the mean (n, K) and variance (n, K) of x, the label (n,) and share = beta (n,).
+    """
+
+    relative: Tensor
+    weights: Tensor
+    mean: Tensor
+    variance: Tensor
+    label: Tensor
+    share: Tensor
+
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``logistic_moments`` of x, each (n, K) and nought at the label."""
+        soft, step, slope = (self.but_label(part) for part in logistic_moments(self.mean, self.variance))
+        return soft, step, slope
+
+    def but_label(self, values: Tensor) -> Tensor:
+        """values (n, K) with nought at the label."""
+        return values.scatter(1, self.label[:, None], 0.0)
+
+    def at_label(self, values: Tensor) -> Tensor:
+        """values (n,) at the label and nought elsewhere, (n, K)."""
+        return torch.zeros_like(self.mean).scatter_(1, self.label[:, None], values[:, None])
 
 
-def _rows(images: TrainingImages, rule: NormalRule) -> int:
-    return max(1, _ELEMENTS // (len(rule.weights) * images.num_classes))
+def _parts(
+    images: TrainingImages, theta: Tensor, covariance: Covariance, scales: Tensor, rule: LogitRule
+) -> Iterator[tuple[slice, Tensor, _Part]]:
+    """The images in pieces that fit the processor's cache: rows, phi~ (n, D+1), and the logits at every point."""
+    points, weights = rule.normal.points.to(scales), rule.normal.weights.to(scales)
+    mean = theta.to(scales).T
+    for span, phi in images.chunks(max(16, _ELEMENTS // (len(weights) * images.num_classes))):
+        x, label, scale = augment(phi), images.labels[span], scales[span]
+        logits = x @ mean
+        relative = relative_to(logits.unsqueeze(-1) + covariance.perturb(scale, points), label)
+        variance = covariance.relative_variance(scale, label)
+        part = _Part(relative, weights, relative_to(logits, label), variance, label, rule.shares[span])
+        yield span, x, part
+
+
+def relative_to(logits: Tensor, label: Tensor) -> Tensor:
+    """f_k - f_y: logits (n, K, ...), label (n,)."""
+    return logits - logits[torch.arange(len(label), device=label.device), label].unsqueeze(1)

@@ -172,7 +172,8 @@ class Laplace:
             features: phi (N, D), the training features that this posterior was fitted on.
             labels: (N,), theirs.
             group: a torch.distributed process group; features and labels are then this rank's shard.
-            num_points: of the quasi-Monte Carlo rule for each image's expectations; 1,024 or fewer without it.
+            num_points: of the quasi-Monte Carlo rule for what pairs of classes leave over of each image's expectations;
+                512 or fewer without it.
         """
         images = check_images(
             features, labels, num_classes=self.num_classes, class_weights=self.class_weights, group=group

@@ -22,9 +22,12 @@ where the weights are, by structure,
     diag   the precisions E_q[H_ii], the optimum of the mean-field family
 
 all positive, so the iteration runs in their logarithms, accelerated by Anderson's method (Walker and Ni 2011),
-one curvature a step. A step is kept only if the ELBO rises; one that does not is shortened. VBLL (Harrison,
-Willes and Snoek 2024) trains a Jensen bound of this ELBO with class-wise covariances by SGD, and IVON (Shen et
-al. 2024) a diagonal one; this is post hoc.
+one curvature a step. ELBO, gradient and weights come from one rule (``expectations``). A step is kept only if the
+ELBO rises; one that does not is followed by a plain step, then by shorter ones. The end is where an undamped step
+moves the mean by less than a quarter of a posterior sd (the length of the whole step, over all parameters), changes
+the sds of the images' margins by less than 1 % (rms) and the ELBO by less than .05 nats. VBLL (Harrison, Willes and
+Snoek 2024) trains a Jensen bound of this ELBO with class-wise covariances by SGD, and IVON (Shen et al. 2024) a
+diagonal one; this is post hoc.
 """
 
 from __future__ import annotations
@@ -41,58 +44,63 @@ from torch import Tensor
 from bayescam.parallel import size
 from bayescam.posterior.covariance import Covariance, DiagCovariance, KronCovariance, contrast_basis
 from bayescam.posterior.curvature import feature_gram, full_covariance
-from bayescam.posterior.expectations import Moments, NormalRule, expected_loss, logit_scales, moments, normal_rule
+from bayescam.posterior.expectations import LogitRule, Moments, expected_loss, logit_rule, logit_scales, moments
 from bayescam.posterior.images import TrainingImages, augment
 
 if TYPE_CHECKING:
     from bayescam.posterior.laplace import Laplace
 
 MAX_CURVATURES = 25
+TOLERANCES = (0.25, 0.01, 0.05)
 _ANDERSON_DEPTH = 6
 _SHORTEST_STEP = 1 / 16
-_CONVERGED_GAIN = 1e-4
-_CONVERGED_CHANGE = 1e-3
+_FURTHEST = 5.0
+_MEAN_GRADIENT = (5e-3, 5e-2)
 _SMALLEST = 1e-30
-_POINTS_IN_ALL = 1 << 23
+_POINTS = ((10_000, 128), (2_000, 256), (0, 512))
 
 
 @dataclass(frozen=True, eq=False)
 class Refinement:
-    """How the refinement went.
+    """How the refinement went, and how far it is from its fixed point.
 
     Args:
-        elbo: after every step kept the first being the start's.
+        elbo: after every step kept, the first being the start's.
         curvatures: how many Hessians (or their factors) were built.
-        change: rms relative change that one more undamped step would make to the weights, weighed by size: 0 at
-        the fixed point.
-        rule_error: |ELBO by the rule that made the steps - ELBO by the judge's twice as many other points|, in
-        nats.
-        converged: whether the ELBO or the weights had stopped changing.
+        mean_change: what the last undamped step changed: the mean, sqrt(d^T Sigma^-1 d) in posterior sds.
+        sd_change: likewise the logarithms of the sds of the training images' margins f_k - f_y, rms.
+        elbo_change: likewise the ELBO, in nats.
+        rule_error: |ELBO by this rule - ELBO by one of twice as many other points|, in nats.
+        converged: whether the three changes were below ``TOLERANCES``, the step being a plain one.
     """
 
     elbo: tuple[float, ...]
     curvatures: int
-    change: float
+    mean_change: float
+    sd_change: float
+    elbo_change: float
     rule_error: float
     converged: bool
 
 
 @dataclass(frozen=True, eq=False)
-class _Rules:
-    """The rule that makes the steps, and one of other points that judges them: no step can fit its judge."""
-
-    work: NormalRule
-    judge: NormalRule
-
-
-@dataclass(frozen=True, eq=False)
 class _State:
+    """A Gaussian, its ELBO and gradient, the log weights that made its covariance and those expected under it."""
+
     theta: Tensor
     covariance: Covariance
     scales: Tensor
     elbo: float
+    gradient: Tensor
     log_weights: Tensor
     proposal: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    images: TrainingImages
+    rule: LogitRule
+    tau: float
 
 
 def refine(laplace: Laplace, images: TrainingImages, *, num_points: int | None = None) -> Laplace:
@@ -101,41 +109,60 @@ def refine(laplace: Laplace, images: TrainingImages, *, num_points: int | None =
     Args:
         laplace: the start.
         images: the training images it was fitted on.
-        num_points: T of the rule; by default 1,024, and fewer where N is so large that errors average out over
-        images.
+        num_points: T of the rule for what pairs of classes leave over; from 512 to 128, the fewer the more images
+            there are for errors to average out over.
     """
-    theta = torch.cat([laplace.weight_mean, laplace.bias_mean[:, None]], dim=1)
-    points = num_points or max(128, min(1024, _POINTS_IN_ALL // max(1, images.count())) // 2 * 2)
-    rank = laplace.covariance.logit_rank
-    rules = _Rules(normal_rule(rank, points), normal_rule(rank, 2 * points, seed=1))
-    state = _assess(images, theta, laplace.covariance, rules, laplace.prior_precision, None)
-    state, record = _climb(images, state, rules, laplace.prior_precision)
-    return _result(laplace, images, state, rules, record)
+    num_points = num_points or next(points for least, points in _POINTS if images.count() >= least)
+    rule = logit_rule(images, laplace.theta_mean, laplace.covariance, num_points, 0)
+    problem = _Problem(images, rule, laplace.prior_precision)
+    scales = logit_scales(images, laplace.covariance)
+    state, record = _climb(problem, _assess(problem, laplace.theta_mean, laplace.covariance, scales, None))
+    other = logit_rule(images, laplace.theta_mean, laplace.covariance, 2 * num_points, 1)
+    loss, _ = expected_loss(images, state.theta, state.covariance, state.scales, other)
+    bound = elbo(images, state.theta, state.covariance, loss, problem.tau)
+    record = replace(record, rule_error=abs(bound - state.elbo))
+    return _result(laplace, state, record)
 
 
-def _climb(images: TrainingImages, state: _State, rules: _Rules, tau: float) -> tuple[_State, Refinement]:
-    """Steps that raise the ELBO under one rule, until it or the weights stop changing."""
-    elbos, built, converged = [state.elbo], 0, False
+def _climb(problem: _Problem, state: _State) -> tuple[_State, Refinement]:
+    """Steps that raise the ELBO, until an undamped one changes nothing that matters."""
+    elbos = [state.elbo]
     history: list[tuple[Tensor, Tensor]] = []
-    while built < MAX_CURVATURES and not converged:
-        kept, step = None, 1.0
-        candidate = _anderson(images, state.covariance, history) if len(history) > 1 else state.proposal
-        while kept is None and built < MAX_CURVATURES and step >= _SHORTEST_STEP:
-            trial = _try(images, state, candidate, rules, tau)
-            built += 1
-            history = [*history, (trial.log_weights, trial.proposal)][-_ANDERSON_DEPTH - 1 :]
-            if trial.elbo >= state.elbo:
-                kept = trial
-            else:
-                step /= 2
-                candidate = torch.logaddexp(state.log_weights + math.log1p(-step), state.proposal + math.log(step))
-        if kept is None:
-            converged = built < MAX_CURVATURES
-            break
-        gain, state = kept.elbo - state.elbo, kept
-        elbos.append(state.elbo)
-        converged = gain < _CONVERGED_GAIN or _change(images, state) < _CONVERGED_CHANGE
-    return state, Refinement(tuple(elbos), built, _change(images, state), 0.0, converged)
+    candidate, plain, step, built = state.proposal, True, 1.0, 0
+    while True:
+        trial = _try(problem, state, candidate)
+        built += 1
+        history = [*history, (trial.log_weights, trial.proposal)][-_ANDERSON_DEPTH - 1 :]
+        if step == 1.0:
+            change = _change(problem.images, state, trial)
+        settled = all(abs(value) < limit for value, limit in zip(change, TOLERANCES, strict=True))
+        converged = settled and plain and step == 1.0
+        kept = trial.elbo >= state.elbo
+        if kept:
+            state, step = trial, 1.0
+            elbos.append(state.elbo)
+            plain = settled or len(history) < 2
+        else:
+            plain, step = True, step / 2 if plain else 1.0
+        if converged or built == MAX_CURVATURES or step < _SHORTEST_STEP:
+            return state, Refinement(tuple(elbos), built, *change, 0.0, converged)
+        if not plain:
+            candidate = _anderson(problem.images, state.covariance, history)
+        elif step == 1.0:
+            candidate = state.proposal
+        else:
+            candidate = torch.logaddexp(state.log_weights + math.log1p(-step), state.proposal + math.log(step))
+
+
+def _change(images: TrainingImages, before: _State, after: _State) -> tuple[float, float, float]:
+    """Of the mean in posterior sds, of the log sds of the images' margins (rms), and of the ELBO."""
+    old, new = (state.covariance.relative_variance(state.scales, images.labels) for state in (before, after))
+    own = torch.nn.functional.one_hot(images.labels, images.num_classes).bool() | (old <= 0) | (new <= 0)
+    ratio = (new / old).masked_fill(own, 1.0).double().log() / 2
+    sums = torch.stack([ratio.square().sum(), (~own).sum().to(ratio)])
+    squared, count = images.total(sums).tolist()
+    moved = after.covariance.distance(after.theta - before.theta)
+    return moved, math.sqrt(squared / max(count, 1.0)), after.elbo - before.elbo
 
 
 def elbo(images: TrainingImages, theta: Tensor, covariance: Covariance, loss: float, prior_precision: float) -> float:
@@ -146,9 +173,13 @@ def elbo(images: TrainingImages, theta: Tensor, covariance: Covariance, loss: fl
 
 
 def maximise_mean(
-    images: TrainingImages, theta: Tensor, covariance: Covariance, scales: Tensor, rule: NormalRule, tau: float
+    images: TrainingImages, theta: Tensor, covariance: Covariance, scales: Tensor, rule: LogitRule, tau: float
 ) -> Tensor:
-    """The mean that maximises the ELBO at a fixed covariance, (K, D+1)."""
+    """The mean that maximises the ELBO at a fixed covariance, (K, D+1), by L-BFGS in whitened coordinates.
+
+    It stops where the whitened gradient, the distance left in posterior sds, is a fiftieth of the first, within
+    .005 and .05.
+    """
     norms: list[float] = []
 
     def objective(z: np.ndarray) -> tuple[float, np.ndarray]:
@@ -159,36 +190,34 @@ def maximise_mean(
         return loss + tau / 2 * float(moved.square().sum()), whitened.cpu().numpy()
 
     def stop(intermediate_result: object) -> None:
-        if norms[-1] < max(_CONVERGED_CHANGE, 0.02 * min(norms[0], 1.0)):
+        least, most = _MEAN_GRADIENT
+        if norms[-1] < min(max(0.02 * norms[0], least), most):
             raise StopIteration
 
     size = covariance.whiten_gradient(theta).numel()
-    options = {"maxcor": 20, "maxiter": 60, "ftol": 0.0, "gtol": _CONVERGED_CHANGE / math.sqrt(size)}
+    options = {"maxcor": 20, "maxiter": 60, "ftol": 0.0, "gtol": _MEAN_GRADIENT[0] / math.sqrt(size)}
     best = minimize(objective, np.zeros(size), jac=True, method="L-BFGS-B", callback=stop, options=options)
     return theta + covariance.unwhiten(torch.from_numpy(best.x).to(theta))
 
 
-def _try(images: TrainingImages, state: _State, log_weights: Tensor, rules: _Rules, tau: float) -> _State:
+def _try(problem: _Problem, state: _State, log_weights: Tensor) -> _State:
+    images, rule, tau = problem.images, problem.rule, problem.tau
     covariance = _covariance(images, log_weights, state.covariance, tau)
     scales = logit_scales(images, covariance)
-    theta = maximise_mean(images, state.theta, covariance, scales, rules.work, tau)
-    return _assess(images, theta, covariance, rules, tau, log_weights, scales)
+    theta = maximise_mean(images, state.theta, covariance, scales, rule, tau)
+    return _assess(problem, theta, covariance, scales, log_weights)
 
 
 def _assess(
-    images: TrainingImages,
-    theta: Tensor,
-    covariance: Covariance,
-    rules: _Rules,
-    tau: float,
-    log_weights: Tensor | None,
-    scales: Tensor | None = None,
+    problem: _Problem, theta: Tensor, covariance: Covariance, scales: Tensor, log_weights: Tensor | None
 ) -> _State:
-    scales = logit_scales(images, covariance) if scales is None else scales
-    loss, _ = expected_loss(images, theta, covariance, scales, rules.judge)
-    proposal = _log_weights(images, covariance, moments(images, theta, covariance, scales, rules.work), tau)
+    images, tau = problem.images, problem.tau
+    loss, gradient = expected_loss(images, theta, covariance, scales, problem.rule)
+    expected = moments(images, theta, covariance, scales, problem.rule)
+    proposal = _log_weights(images, covariance, expected, tau)
+    made_by = proposal if log_weights is None else log_weights
     bound = elbo(images, theta, covariance, loss, tau)
-    return _State(theta, covariance, scales, bound, proposal if log_weights is None else log_weights, proposal)
+    return _State(theta, covariance, scales, bound, gradient + tau * theta, made_by, proposal)
 
 
 def _log_weights(images: TrainingImages, covariance: Covariance, found: Moments, tau: float) -> Tensor:
@@ -200,7 +229,7 @@ def _log_weights(images: TrainingImages, covariance: Covariance, found: Moments,
     else:
         weights = torch.zeros_like(covariance.diagonal())
         for span, phi in images.chunks():
-            variance = found.mean[span] - found.square[span]
+            variance = found.variances[span]
             if images.image_weights is not None:
                 variance = variance * images.image_weights[span, None].to(variance)
             weights += (variance.T @ augment(phi).square()).double()
@@ -248,7 +277,7 @@ def _anderson(images: TrainingImages, covariance: Covariance, history: list[tupl
         torch.cat([change, residual[:, -1:]], 1).T @ (sizes * torch.cat([change, residual[:, -1:]], 1))
     )
     mixing = torch.linalg.lstsq(system[:-1, :-1].cpu(), system[:-1, -1:].cpu(), driver="gelsd").solution.to(system)
-    return values[:, -1] - (values.diff(dim=1) @ mixing).squeeze(1)
+    return values[:, -1] - (values.diff(dim=1) @ mixing).squeeze(1).clamp(-_FURTHEST, _FURTHEST)
 
 
 def _once(images: TrainingImages, covariance: Covariance, sizes: Tensor) -> Tensor:
@@ -258,21 +287,14 @@ def _once(images: TrainingImages, covariance: Covariance, sizes: Tensor) -> Tens
     return torch.cat([sizes[:common] / size(images.group), sizes[common:]])
 
 
-def _change(images: TrainingImages, state: _State) -> float:
-    """sqrt of the size-weighted mean of squared log changes that one more step would make."""
-    sizes = _once(images, state.covariance, state.proposal.exp())
-    sums = torch.stack([(sizes * (state.proposal - state.log_weights).square()).sum(), sizes.sum()])
-    squared, total = images.total(sums).tolist()
-    return math.sqrt(squared / total)
-
-
-def _result(laplace: Laplace, images: TrainingImages, state: _State, rules: _Rules, record: Refinement) -> Laplace:
-    loss, gradient = expected_loss(images, state.theta, state.covariance, state.scales, rules.work)
-    bound = elbo(images, state.theta, state.covariance, loss, laplace.prior_precision)
-    gradient = gradient + laplace.prior_precision * state.theta
+def _result(laplace: Laplace, state: _State, record: Refinement) -> Laplace:
     notes = laplace.notes
     if not record.converged:
-        notes = (*notes, f"refinement stopped after {record.curvatures} curvatures with the ELBO still rising")
+        notes = (
+            *notes,
+            f"refinement stopped after {record.curvatures} curvatures short of its fixed point: one step moved the "
+            f"mean by {record.mean_change:.2g} sds and the ELBO by {record.elbo_change:.2g} nats",
+        )
     return replace(
         laplace,
         weight_mean=state.theta[:, :-1].contiguous(),
@@ -280,8 +302,8 @@ def _result(laplace: Laplace, images: TrainingImages, state: _State, rules: _Rul
         covariance=state.covariance,
         refined=True,
         elbo=state.elbo,
-        gradient_norm=float(gradient.norm()),
-        newton_decrement=float(state.covariance.whiten_gradient(gradient).norm()),
+        gradient_norm=float(state.gradient.norm()),
+        newton_decrement=float(state.covariance.whiten_gradient(state.gradient).norm()),
         notes=notes,
-        refinement=replace(record, rule_error=abs(bound - state.elbo)),
+        refinement=record,
     )

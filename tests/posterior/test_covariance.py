@@ -121,6 +121,20 @@ def test_perturbations_have_the_centred_logit_covariance(covariance):
     torch.testing.assert_close(columns @ columns.mT, expected)
 
 
+def test_relative_variance_is_that_of_the_difference(covariance):
+    x, label = torch.randn(5, E, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
+    difference = torch.eye(K, dtype=torch.float64) - torch.eye(K, dtype=torch.float64)[label][:, None]
+    expected = torch.einsum("nrk,nkl,nrl->nr", difference, covariance.logit_covariance(x), difference)
+    torch.testing.assert_close(covariance.relative_variance(covariance.logit_scale(x), label), expected)
+
+
+def test_distance_is_the_length_in_posterior_sds(covariance):
+    theta = torch.randn(K, E, dtype=torch.float64)
+    theta -= theta.mean(0)
+    flat = theta.flatten()
+    assert covariance.distance(theta) == pytest.approx(float(flat @ torch.linalg.solve(dense(covariance), flat)) ** 0.5)
+
+
 def test_two_classes_of_diag_need_one_dimension():
     covariance = DiagCovariance(torch.rand(2, E, dtype=torch.float64) + 1, TAU)
     x = torch.randn(3, E, dtype=torch.float64)
