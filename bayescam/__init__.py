@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bayescam.data.image import ImageError, read_image
     from bayescam.diagnose.compare import Comparison, compare_posteriors
     from bayescam.diagnose.inference_data import to_inference_data
+    from bayescam.diagnose.loo import leave_one_out
     from bayescam.errors import BayescamError
     from bayescam.explain.cam import CamPosterior
     from bayescam.posterior.draws import Draws
@@ -47,6 +48,7 @@ _HOME = {
     "predict_proba": "bayescam.posterior.predictive",
     "CamPosterior": "bayescam.explain.cam",
     "to_inference_data": "bayescam.diagnose.inference_data",
+    "leave_one_out": "bayescam.diagnose.loo",
     "Comparison": "bayescam.diagnose.compare",
     "compare_posteriors": "bayescam.diagnose.compare",
 }
@@ -67,6 +69,7 @@ __all__ = [
     "compare_posteriors",
     "fit_laplace",
     "last_layer",
+    "leave_one_out",
     "load_laplace",
     "open_dataset",
     "predict_proba",

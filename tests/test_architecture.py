@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "bayescam"
 ORDER = ["data", "backbone", "posterior", "explain", "diagnose", "report"]
-FOUNDATION = {"errors", "storage", "parallel"}
+FOUNDATION = {"errors", "storage", "parallel", "notebook"}
 TOP = {"pipeline", "runfolder", "config", "cli", "doctor", "apply", "features_run", "stages", "__init__", "__main__"}
 AT_HOME = {"pyro": {"posterior"}, "arviz": {"diagnose"}, "matplotlib": {"report"}}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -1,4 +1,4 @@
-"""The only import of ArviZ: what differs between its versions is settled here."""
+"""The only import of ArviZ: what differs between 0.x (InferenceData) and 1.x (DataTree) is settled here."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing", category=FutureWarning)
     import arviz as az
 
+_IS_TREE = int(az.__version__.split(".")[0]) >= 1
+
 
 def rhat(draws: np.ndarray) -> np.ndarray:
     """Rank-normalised split R-hat (Vehtari et al. 2021) of draws (C, S, ...) -> (...)."""
@@ -24,12 +26,29 @@ def ess(draws: np.ndarray, method: str = "bulk") -> np.ndarray:
     return az.ess(_dataset(draws), method=method)["x"].values
 
 
-def psis(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
-    """Pareto-smoothed log weights and the shape k-hat of log p - log q at draws from q, (S,)."""
+def psis(log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pareto-smoothed, normalised log weights (..., S) and the shapes k-hat (...) of log ratios (..., S).
+
+    The ratios are log p - log q at draws from q, for each row by itself (Vehtari et al. 2024, JMLR 25(72)).
+    """
     ratios = np.array(log_ratios, dtype=float)
-    # ArviZ 1.x takes the negative log ratios.
-    log_weights, shape = az.psislw(ratios) if hasattr(az, "InferenceData") else az.psislw(-ratios)
-    return np.asarray(log_weights), float(shape)
+    if _IS_TREE:
+        from arviz_stats.base import array_stats
+
+        # ArviZ 1.x takes the negative log ratios.
+        log_weights, shapes = array_stats.psislw(-ratios)
+    else:
+        log_weights, shapes = az.psislw(ratios)
+    return np.asarray(log_weights), np.asarray(shapes, dtype=float)
+
+
+def loo(idata: Any) -> tuple[np.ndarray, np.ndarray]:
+    """PSIS-LOO of draws from the posterior itself: elpd and k-hat of each observation of ``log_likelihood``, flat."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Estimated shape parameter of Pareto")  # the caller counts them
+        found = az.loo(idata, pointwise=True)
+    pointwise = found.elpd_i if _IS_TREE else found.loo_i
+    return np.asarray(pointwise, dtype=float).ravel(), np.asarray(found.pareto_k, dtype=float).ravel()
 
 
 def _dataset(draws: np.ndarray) -> xr.Dataset:
@@ -38,11 +57,28 @@ def _dataset(draws: np.ndarray) -> xr.Dataset:
     return xr.Dataset({"x": (dims, values)})
 
 
+def summary(idata: Any, var_names: list[str] | None = None, **options: Any) -> Any:
+    """``az.summary`` of InferenceData or a DataTree, as a pandas DataFrame.
+
+    ArviZ 1.x stacks the rows of its summary along a dimension that it calls "label", and so refuses data that have a
+    dimension of that name, as ours do; here ours gets another name on the way in.
+    """
+    if _IS_TREE:
+        idata = get_dataset(idata, "posterior").rename(label="label_")
+    return az.summary(idata, var_names=var_names, **options)
+
+
+def bfmi(idata: Any) -> np.ndarray:
+    """``az.bfmi``: the energy fraction of each chain, (C,)."""
+    found = az.bfmi(idata)
+    return np.asarray(get_dataset(found, "")["energy"] if _IS_TREE else found)
+
+
 def make_idata(groups: Mapping[str, xr.Dataset]) -> Any:
     """Groups as ArviZ holds them: ``InferenceData`` before 1.0, ``xarray.DataTree`` since."""
-    if hasattr(az, "InferenceData"):
-        return az.InferenceData(warn_on_custom_groups=False, **groups)
-    return xr.DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
+    if _IS_TREE:
+        return xr.DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
+    return az.InferenceData(warn_on_custom_groups=False, **groups)
 
 
 def group_names(idata: Any) -> list[str]:

@@ -10,6 +10,8 @@ import numpy as np
 
 from bayescam.diagnose.convergence import Convergence, convergence, energy_fraction
 from bayescam.errors import BayescamError, FileFormatError
+from bayescam.notebook import html_table
+from bayescam.posterior.covariance import Covariance, FullCovariance, KronCovariance
 from bayescam.posterior.laplace import Laplace, load_laplace
 from bayescam.storage import load_netcdf, read_json
 
@@ -17,8 +19,9 @@ MAX_RHAT = 1.05
 MIN_ESS = 100.0
 MIN_ENERGY_FRACTION = 0.3
 MAX_NEWTON_DECREMENT = 1e-3
+MAX_KHAT = 0.7
+MAX_KL = 0.045
 _IMAGES = 128
-_DEFAULT_MAX_DEPTH = 10
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Check:
         value: the number.
         rule: the threshold in words.
         passed: None where the number is information only.
+        decides: whether a failure here fails the whole; k-hat and KL look at all weights at once, and condemn most
+            Gaussians that predict well.
     """
 
     subject: str
@@ -38,6 +43,14 @@ class Check:
     value: float
     rule: str
     passed: bool | None
+    decides: bool = True
+
+    @property
+    def word(self) -> str:
+        """ "pass", "FAIL", "note" (beyond its threshold, but decides nothing) or "info" (no threshold)."""
+        if self.passed is None:
+            return "info"
+        return "pass" if self.passed else "FAIL" if self.decides else "note"
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,12 @@ class Diagnosis:
 
     @property
     def passed(self) -> bool:
-        return all(check.passed is not False for check in self.checks)
+        return not self.failed
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """The checks that fail and decide."""
+        return tuple(check for check in self.checks if check.word == "FAIL")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -57,17 +75,27 @@ class Diagnosis:
 
     def text(self) -> str:
         """In the manner of CmdStan's diagnose."""
-        words = {True: "pass", False: "FAIL", None: "info"}
         width = max(len(check.name) for check in self.checks)
         lines = []
         for subject in dict.fromkeys(check.subject for check in self.checks):
             lines.append(f"{subject}:")
             for check in self.checks:
                 if check.subject == subject:
-                    lines.append(f"  {words[check.passed]}  {check.name:<{width}}  {check.value:<10.4g}  {check.rule}")
-        failed = sum(check.passed is False for check in self.checks)
-        lines.append("no problems found" if failed == 0 else f"{failed} of {len(self.checks)} checks failed")
+                    lines.append(f"  {check.word}  {check.name:<{width}}  {check.value:<10.4g}  {check.rule}")
+        if any(check.word == "note" for check in self.checks):
+            lines.append("note: beyond its threshold, but decides nothing: all weights at once, not the predictions")
+        lines.append(self._result())
         return "\n".join(lines)
+
+    def _result(self) -> str:
+        return f"{len(self.failed)} of {len(self.checks)} checks failed" if self.failed else "no problems found"
+
+    def __repr__(self) -> str:
+        return f"Diagnosis({self.run!r}: {self._result()}{''.join(f'; {check.name}' for check in self.failed)})"
+
+    def _repr_html_(self) -> str:
+        rows = [(check.subject, check.name, f"{check.value:.4g}", check.rule, check.word) for check in self.checks]
+        return html_table(f"Diagnosis: {self._result()}", rows, header=("of", "check", "value", "rule", ""))
 
 
 def diagnose_run(folder: Path) -> Diagnosis:
@@ -89,7 +117,9 @@ def diagnose_run(folder: Path) -> Diagnosis:
     if refined.is_file():
         checks += laplace_checks("refined", load_laplace(refined))
     if (folder / "comparison.json").is_file():
-        checks += comparison_checks(read_json(folder / "comparison.json"))
+        comparison = read_json(folder / "comparison.json")
+        checks += importance_checks(comparison, load_laplace(gaussian))
+        checks += comparison_checks(comparison)
     return Diagnosis(str(folder), tuple(checks))
 
 
@@ -104,7 +134,7 @@ def nuts_checks(path: Path) -> list[Check]:
         checks += _convergence_checks(name, numbers)
     fraction = min(energy_fraction(stats["energy"]))
     divergent = int(stats["diverging"].sum())
-    deepest = int((stats["tree_depth"] >= _DEFAULT_MAX_DEPTH).sum())
+    deepest = int(stats["reached_max_treedepth"].sum())
     checks.append(Check("nuts", "E-BFMI, worst chain", fraction, "at least 0.3", fraction >= MIN_ENERGY_FRACTION))
     checks.append(Check("nuts", "divergent transitions", divergent, "none", divergent == 0))
     checks.append(Check("nuts", "transitions at maximum tree depth", deepest, "none", deepest == 0))
@@ -121,7 +151,7 @@ def _chains(path: Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, np.nda
             raise FileFormatError(f"{path}: holds no {name} of NUTS by chain and draw; give a complete run")
         return found.values
 
-    stats = {name: array("sample_stats", name, 2) for name in ("lp", "energy", "diverging", "tree_depth")}
+    stats = {name: array("sample_stats", name, 2) for name in ("lp", "energy", "diverging", "reached_max_treedepth")}
     probabilities = array("predictions", "probs", 4) if "probs" in groups["predictions"] else None
     return array("posterior", "weight_centred", 4), probabilities, stats
 
@@ -137,11 +167,11 @@ def _convergence_checks(name: str, numbers: Convergence) -> list[Check]:
 
 def laplace_checks(subject: Literal["laplace", "refined"], laplace: Laplace) -> list[Check]:
     """The checks of a Gaussian posterior."""
-    variances = laplace.covariance.diagonal()
-    smallest, prior = float(variances.min()), 1 / laplace.prior_precision
-    share = float((variances.mean() / prior).sqrt())
+    tau = laplace.prior_precision
+    pivot, share = smallest_pivot(laplace.covariance), float((laplace.covariance.diagonal().mean() * tau).sqrt())
+    definite = f"at least {tau:.4g}, the prior's precision"
     checks = [
-        Check(subject, "smallest marginal variance", smallest, "above 0", smallest > 0),
+        Check(subject, "smallest pivot of the precision", pivot, definite, pivot >= tau * (1 - 1e-6)),
         Check(subject, "posterior sd / prior sd, root mean square", share, "near 1: the prior dominates", None),
     ]
     if not laplace.refined:
@@ -149,6 +179,34 @@ def laplace_checks(subject: Literal["laplace", "refined"], laplace: Laplace) -> 
         rule = f"below {MAX_NEWTON_DECREMENT:g} posterior sds"
         checks.append(Check(subject, "Newton decrement at the MAP", decrement, rule, decrement < MAX_NEWTON_DECREMENT))
         checks.append(Check(subject, "gradient norm at the MAP", laplace.gradient_norm, "information", None))
+    return checks
+
+
+def smallest_pivot(covariance: Covariance) -> float:
+    """How definite the precision is: its smallest Cholesky pivot (full), eigenvalue (kron) or entry (diag).
+
+    Each is at least tau, since the likelihood is log-concave: the precision is tau I and something without negative
+    eigenvalues.
+    """
+    if isinstance(covariance, FullCovariance):
+        return float(covariance.precision_cholesky.diagonal().min().square())
+    return float((covariance.eigenvalues if isinstance(covariance, KronCovariance) else covariance.precision).min())
+
+
+def importance_checks(comparison: dict[str, Any], laplace: Laplace) -> list[Check]:
+    """k-hat and KL of each Gaussian, over all its weights at once; they decide nothing.
+
+    A KL of ``MAX_KL`` a parameter is that of a Gaussian whose every mean is off by 0.3 sd: 0.3^2 / 2.
+    """
+    size = (laplace.num_classes - 1) * (laplace.num_features + 1)
+    checks = []
+    for name, found in comparison.get("importance", {}).items():
+        khat, kl = float(np.median(found["khat"])), found["kl"] / size
+        draws = f"median over {len(found['khat'])} x {found['num_draws']} draws"
+        checks += [
+            Check(name, f"Pareto k-hat, {draws}", khat, f"below {MAX_KHAT}", khat < MAX_KHAT, decides=False),
+            Check(name, "KL to the posterior, nat a parameter", kl, f"at most {MAX_KL}", kl <= MAX_KL, decides=False),
+        ]
     return checks
 
 

@@ -67,5 +67,5 @@ def importance(
 ) -> Importance:
     """k-hat over ``num_batches`` batches of ``num_draws`` draws (k-hat itself is noisy), and the KL estimate."""
     ratios = log_ratios(laplace, images, num_batches * num_draws, seed=seed)
-    khat = tuple(psis(batch)[1] for batch in ratios.reshape(num_batches, num_draws))
+    khat = tuple(psis(ratios.reshape(num_batches, num_draws))[1].tolist())
     return Importance(khat, 0.5 * float(ratios.var(ddof=1)), float(ratios.std(ddof=1)), num_draws)

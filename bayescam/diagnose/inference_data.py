@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -45,13 +45,15 @@ def to_inference_data(
     num_samples: int = 500,
     seed: int = 0,
     prior_precision: float | None = None,
+    log_likelihood: Literal["evaluation", "train"] = "evaluation",
 ) -> Any:
     """A posterior as ArviZ's InferenceData (a DataTree since ArviZ 1.0).
 
     Groups: ``posterior`` (weight, bias, and both centred), ``log_prior``, ``prior``; for NUTS ``sample_stats`` with
     Stan's names; for a Gaussian ``fit`` (mean, sd and, up to 1,000 parameters, the covariance) and, with ``train``,
     ``sample_stats`` (lp, lp_approx); with ``features`` ``constant_data``, ``posterior_predictive``, ``predictions``
-    and ``prior_predictive``; with ``labels`` ``observed_data`` and ``log_likelihood``.
+    and ``prior_predictive``; with ``labels`` ``observed_data`` and ``log_likelihood``, whose attribute "images" says
+    of which images it is. ``az.loo`` and ``az.compare`` leave images out of the posterior: they need those of "train".
 
     Args:
         posterior: a Laplace (refined or not; sampled here, C = 1), a Nuts or Draws.
@@ -63,9 +65,10 @@ def to_inference_data(
         num_samples: draws of a Gaussian.
         seed: of these, of the prior's and of the simulated labels.
         prior_precision: tau of draws that do not carry it (NUTS), for ``log_prior`` and ``prior``.
+        log_likelihood: of the images of ``features``, or of those of ``train`` (dims chain, draw, train_id), float32.
 
     Raises:
-        ValueError: labels without features, or lengths that do not fit.
+        ValueError: labels without features, lengths that do not fit, or no ``train`` where it is asked for.
     """
     draws = _draws(posterior, num_samples, seed)
     names = _names(draws, features, labels, classes, obs_ids)
@@ -91,7 +94,7 @@ def to_inference_data(
             groups["observed_data"] = xr.Dataset(
                 {"y": (("obs_id",), _array(labels))}, coords={"obs_id": names["obs_id"]}
             )
-            groups["log_likelihood"] = _log_likelihood(draws, features, labels, names)
+    groups |= _likelihoods(draws, features, labels, train, names, log_likelihood)
     attrs = _attributes(posterior, seed)
     return make_idata({name: dataset.assign_attrs(attrs) for name, dataset in groups.items()})
 
@@ -197,7 +200,10 @@ def _weights(draws: Draws, names: dict[str, np.ndarray]) -> xr.Dataset:
 
 
 def _nuts_stats(nuts: Nuts) -> xr.Dataset:
-    return xr.Dataset({name: (("chain", "draw"), values) for name, values in nuts.stats.items()})
+    """The statistics under Stan's names; a chain reached the maximum where it began its last allowed doubling."""
+    stats = xr.Dataset({name: (("chain", "draw"), values) for name, values in nuts.stats.items()})
+    stats["reached_max_treedepth"] = stats["tree_depth"] >= nuts.settings.max_tree_depth
+    return stats
 
 
 def _laplace_stats(laplace: Laplace, draws: Draws, train: tuple[Tensor, Tensor]) -> xr.Dataset:
@@ -304,14 +310,36 @@ def _simulated(draws: Draws, features: Tensor, names: dict[str, np.ndarray], see
     return xr.Dataset({"y": (("chain", "draw", "obs_id"), y)}, coords={"obs_id": names["obs_id"]})
 
 
-def _log_likelihood(draws: Draws, features: Tensor, labels: Tensor, names: dict[str, np.ndarray]) -> xr.Dataset:
+def _likelihoods(
+    draws: Draws,
+    features: Tensor | None,
+    labels: Tensor | None,
+    train: tuple[Tensor, Tensor] | None,
+    names: dict[str, np.ndarray],
+    images: str,
+) -> dict[str, xr.Dataset]:
+    """The group ``log_likelihood`` of the images asked for, if they were given."""
+    if images not in ("evaluation", "train"):
+        raise ValueError(f"log_likelihood is {images!r}; take 'evaluation' or 'train'")
+    if images == "train":
+        if train is None:
+            raise ValueError("log_likelihood='train' needs train=(features, labels) of the images fitted to")
+        ids = np.array([str(i) for i in range(len(train[0]))], dtype=object)
+        return {"log_likelihood": _log_likelihood(draws, *train, ids, images)}
+    if features is None or labels is None:
+        return {}
+    return {"log_likelihood": _log_likelihood(draws, features, labels, names["obs_id"], images)}
+
+
+def _log_likelihood(draws: Draws, features: Tensor, labels: Tensor, ids: np.ndarray, images: str) -> xr.Dataset:
     """log p(y_n | theta_s), float32."""
     values = np.empty((draws.num_chains, draws.num_samples, len(features)), dtype=np.float32)
-    target = labels.to(draws.weight.device, torch.long)
-    for rows, logits in _logits(draws, features):
+    target = torch.as_tensor(labels).to(draws.weight.device, torch.long)
+    for rows, logits in _logits(draws, torch.as_tensor(features)):
         index = target[rows].expand(*logits.shape[:2], -1)[..., None]
         values[:, :, rows] = _array(logits.log_softmax(-1).gather(-1, index)[..., 0])
-    return xr.Dataset({"y": (("chain", "draw", "obs_id"), values)}, coords={"obs_id": names["obs_id"]})
+    name = "train_id" if images == "train" else "obs_id"
+    return xr.Dataset({"y": (("chain", "draw", name), values)}, coords={name: ids}, attrs={"images": images})
 
 
 def _attributes(posterior: Laplace | Nuts | Draws, seed: int) -> dict[str, str | int | float]:
@@ -331,11 +359,13 @@ def _attributes(posterior: Laplace | Nuts | Draws, seed: int) -> dict[str, str |
             "log_evidence": posterior.log_evidence,
             "gradient_norm": posterior.gradient_norm,
             "num_train": posterior.num_train,
+            "class_weighted": int(posterior.class_weights is not None),
             "notes": json.dumps(list(posterior.notes)),
         }
     elif isinstance(posterior, Nuts):
         attrs |= {
             "inference_method": posterior.settings.kernel,
+            "max_tree_depth": posterior.settings.max_tree_depth,
             "sampling_time": float(posterior.seconds.sum()),
             "num_divergent": posterior.num_divergent,
         }

@@ -70,7 +70,7 @@ def contents(files: RunFiles) -> dict[str, Any]:
         "cams": {key: _plain(value) for key, value in files.cams.attrs.items()},
         "checks": diagnosis.checks,
         "passed": diagnosis.passed,
-        "nuts_doubts": [c.name for c in diagnosis.checks if c.subject == "nuts" and c.passed is False],
+        "nuts_doubts": [check.name for check in diagnosis.failed if check.subject == "nuts"],
         "environment": files.json("environment.json"),
         "timings": files.json("timings.json")["stages"],
         "settings": settings,

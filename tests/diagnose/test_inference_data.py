@@ -10,7 +10,8 @@ import torch
 import xarray as xr
 
 import bayescam as bc
-from bayescam.diagnose.arviz_compat import get_dataset, group_names
+from bayescam.diagnose.arviz_compat import bfmi, get_dataset, group_names, summary
+from bayescam.diagnose.convergence import energy_fraction
 from bayescam.diagnose.inference_data import load, log_density, save
 from bayescam.posterior.images import check_images
 from bayescam.posterior.model import negative_log_joint
@@ -120,12 +121,32 @@ def test_netcdf_round_trip_and_arviz_itself(problem, tmp_path):
             xr.testing.assert_allclose(get_dataset(again, group), get_dataset(data, group))
         assert set(group_names(az.from_netcdf(str(path)))) == set(group_names(data))
     read = az.from_netcdf(str(tmp_path / "1.nc"))
-    summary = az.summary(read, var_names=["bias_centred"])
-    assert len(summary) == K
-    assert np.isfinite(az.bfmi(read)).all()
+    table = summary(read, var_names=["bias_centred"])
+    assert list(table.index) == [f"bias_centred[{name}]" for name in CLASSES]
+    chains = get_dataset(read, "sample_stats")["energy"].values
+    np.testing.assert_allclose(bfmi(read), energy_fraction(chains), rtol=2 / chains.shape[1])
+
+
+def test_arviz_draws_what_it_reads(problem):
+    import arviz as az
+
+    data = _export(problem[3], problem, prior_precision=2.0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # eighty draws are few for PSIS, and ArviZ says so
-        assert np.isfinite(az.loo(read).elpd_loo)
+        warnings.simplefilter("ignore")  # ArviZ trails matplotlib
+        for name in ("plot_trace", "plot_rank", "plot_forest"):
+            assert getattr(az, name)(data, var_names=["bias_centred"]) is not None
+        assert az.plot_energy(data) is not None
+        assert np.isfinite(az.rhat(data)["bias_centred"]).all()
+        assert (az.ess(data)["bias_centred"] > 10).all()
+
+
+def test_tree_depth_is_held_against_the_limit_of_the_run(problem):
+    features, labels, laplace, nuts = problem
+    shallow = bc.sample_nuts(
+        laplace, features, labels, num_chains=1, num_samples=20, num_warmup=20, max_tree_depth=1, progress=False
+    )
+    assert get_dataset(bc.to_inference_data(shallow), "sample_stats")["reached_max_treedepth"].all()
+    assert not get_dataset(bc.to_inference_data(nuts), "sample_stats")["reached_max_treedepth"].any()
 
 
 def test_what_does_not_fit_is_named(problem):

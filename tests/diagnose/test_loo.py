@@ -1,0 +1,106 @@
+"""Leave-one-out of draws from NUTS and from Gaussians, against the integral over the whole posterior."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import bayescam as bc
+from bayescam.diagnose.arviz_compat import get_dataset, loo, make_idata, psis
+from bayescam.posterior.images import check_images
+from bayescam.posterior.model import negative_log_joint
+
+N, TAU = 24, 1.0
+
+
+@pytest.fixture(scope="module")
+def problem():
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(N, 1, generator=generator, dtype=torch.float64)
+    labels = (features[:, 0] + 0.7 * torch.randn(N, generator=generator, dtype=torch.float64) > 0).long()
+    return features, labels, bc.fit_laplace(features, labels, num_classes=2, prior_precision=TAU)
+
+
+@pytest.fixture(scope="module")
+def exact(problem):
+    """log p(y_i | y without i) of each image by quadrature: two classes and one feature leave two contrasts."""
+    features, labels, laplace = problem
+    axis = torch.linspace(-8, 8, 201, dtype=torch.float64)
+    slope, offset = torch.meshgrid(axis, axis, indexing="ij")
+    half = torch.stack([slope, offset], -1).reshape(-1, 2) / 2
+    theta = torch.stack([-half, half], 1) + laplace.theta_mean.mean(0)
+    log_joint = -negative_log_joint(theta, check_images(features, labels, num_classes=2), TAU)[0]
+    logits = theta[:, :, :1] @ features.T + theta[:, :, 1:]
+    log_proba = logits.log_softmax(1)[:, labels, torch.arange(N)]
+    return (torch.logsumexp(log_joint[:, None], 0) - torch.logsumexp(log_joint[:, None] - log_proba, 0)).numpy()
+
+
+def _export(posterior, problem, **options):
+    features, labels, _ = problem
+    return bc.to_inference_data(posterior, train=(features, labels), log_likelihood="train", **options)
+
+
+def test_the_gaussians_loo_is_the_posteriors(problem, exact):
+    data = _export(problem[2], problem, num_samples=20_000)
+    found = bc.leave_one_out(data)
+    assert found.corrected
+    assert found.num_bad == 0
+    assert np.abs(found.elpd_i - exact).max() < 0.03
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        uncorrected, _ = loo(data)
+    # Without p / q the sum is the Gaussian's own leave-one-out, another number.
+    assert np.abs(uncorrected - exact).max() > 5 * np.abs(found.elpd_i - exact).max()
+
+
+def test_nuts_needs_no_correction(problem, exact):
+    features, labels, laplace = problem
+    nuts = bc.sample_nuts(laplace, features, labels, num_samples=400, num_warmup=100, progress=False)
+    found = bc.leave_one_out(_export(nuts, problem))
+    assert not found.corrected
+    assert np.abs(found.elpd_i - exact).max() < 0.1
+    assert abs(found.elpd - exact.sum()) < 0.15
+
+
+def test_the_correction_cannot_see_a_shift_and_vanishes_for_an_exact_gaussian(problem):
+    data = _export(problem[2], problem, num_samples=500)
+    groups = {name: get_dataset(data, name) for name in ("log_likelihood", "fit", "sample_stats")}
+    stats = groups["sample_stats"]
+    groups["sample_stats"] = stats.assign(lp=stats["lp_approx"] + 7.0)
+    same = bc.leave_one_out(make_idata(groups))
+    values = groups["log_likelihood"]["y"].values[0].T.astype(float)
+    weights, shapes = psis(-values)
+    np.testing.assert_allclose(same.elpd_i, np.log(np.exp(weights + values).sum(1)), rtol=1e-10)
+    np.testing.assert_allclose(same.pareto_k, shapes)
+
+
+def test_the_caveat_is_said(problem):
+    found = bc.leave_one_out(_export(problem[2], problem, num_samples=200))
+    assert "frozen network" in found.caveat
+    assert found.caveat in repr(found)
+    assert found.se == pytest.approx(np.sqrt(N * found.elpd_i.var()))
+
+
+def test_test_images_cannot_be_left_out(problem):
+    features, labels, laplace = problem
+    with pytest.raises(ValueError, match="no log_likelihood of training images"):
+        bc.leave_one_out(bc.to_inference_data(laplace, features, labels, num_samples=20))
+    with pytest.raises(ValueError, match="needs train"):
+        bc.to_inference_data(laplace, log_likelihood="train")
+    weighted = bc.fit_laplace(features, labels, prior_precision=TAU, class_weights=torch.tensor([1.0, 2.0]))
+    with pytest.raises(ValueError, match="class weights"):
+        bc.leave_one_out(_export(weighted, problem, num_samples=20))
+
+
+def test_arviz_compares_them(problem):
+    import arviz as az
+
+    features, labels, laplace = problem
+    looser = bc.fit_laplace(features, labels, num_classes=2, prior_precision=0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ArviZ trails pandas, and warns of k-hat
+        table = az.compare({"a": _export(laplace, problem), "b": _export(looser, problem)})
+    assert sorted(table.index) == ["a", "b"]
