@@ -184,6 +184,28 @@ def test_resuming_a_complete_run_names_the_file_that_was_changed(driver, straigh
     assert "posterior/nuts.nc: changed since the run wrote it" in outcome.err
 
 
+def test_a_run_on_features_survives_kills(driver, tmp_path):
+    """Killed at some of its writes in one folder, then resumed: the numbers of the run that nobody disturbs."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    np.savez(tmp_path / "f.npz", features=rng.normal(size=(60, 2)) + labels[:, None], labels=labels)
+    flags = ("--prior-precision", "1", "--num-chains", "2", "--num-samples", "10", "--num-warmup", "20")
+    command = ("posterior", "--features", tmp_path / "f.npz", *flags)
+    assert driver.run(*command, "--out", tmp_path / "straight").status == 0
+    out = tmp_path / "broken"
+    for write, when in ((2, "written"), (7, "after"), (13, "before")):
+        strike = {"write": write, "when": when, "action": "kill"}
+        assert driver.run(*command, "--out", out, "--resume", **strike).status == -9
+        assert not (out / "run.json").exists()
+    assert driver.run(*command, "--out", out, "--resume").status == 0
+    found, wanted = _digests(out), _digests(tmp_path / "straight")
+    assert sorted(found) == sorted(wanted)
+    for name in ("metrics.json", "comparison.json", "diagnostics.json", "settings.json", "table.md"):
+        assert found[name] == wanted[name], name
+    chains = [Nuts.load(run / "posterior/nuts.safetensors") for run in (out, tmp_path / "straight")]
+    assert torch.equal(chains[0].draws.theta(), chains[1].draws.theta())
+
+
 def test_a_run_moved_elsewhere_still_predicts(driver, straight, tiny, tmp_path):
     folder, _, _ = straight
     shutil.copytree(folder, tmp_path / "elsewhere")
