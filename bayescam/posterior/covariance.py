@@ -95,8 +95,9 @@ class FullCovariance(_Movable):
     @cached_property
     def inverse_cholesky(self) -> Tensor:
         """L^-1 seen as (M, K-1, D+1); it is lower triangular, so columns of contrast j start at row j(D+1)."""
-        eye = torch.eye(len(self.precision_cholesky)).to(self.precision_cholesky)
-        inverse = torch.linalg.solve_triangular(self.precision_cholesky, eye, upper=False)
+        factor = self.precision_cholesky
+        eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
         return inverse.unflatten(1, (self.num_classes - 1, self.num_features + 1))
 
     def whiten(self, z: Tensor, mean: Tensor | float = 0.0) -> Tensor:
@@ -156,7 +157,10 @@ class FullCovariance(_Movable):
 
     def whiten_gradient(self, gradient: Tensor) -> Tensor:
         """The gradient in z of a function whose gradient in theta is (K, D+1): the transpose of ``unwhiten``."""
-        return torch.einsum("mje,je->m", self.inverse_cholesky, self.basis.T @ gradient)
+        seen = self.basis.T @ gradient
+        if "inverse_cholesky" in vars(self):
+            return torch.einsum("mje,je->m", self.inverse_cholesky, seen)
+        return torch.linalg.solve_triangular(self.precision_cholesky, seen.reshape(-1, 1), upper=False).squeeze(1)
 
     def distance(self, theta: Tensor) -> float:
         """sqrt(theta^T Sigma^-1 theta) of a (K, D+1) that sums to nought over classes: its length in posterior sds."""

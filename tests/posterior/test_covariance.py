@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -110,7 +112,8 @@ def test_unwhiten_has_covariance_sigma_apart_from_the_shift(covariance):
         expected = centre @ expected @ centre
     torch.testing.assert_close(columns @ columns.T, expected)
     gradient = torch.randn(K, E, dtype=torch.float64)
-    torch.testing.assert_close(covariance.whiten_gradient(gradient), columns.T @ gradient.flatten())
+    for fresh in (covariance, replace(covariance)):  # with and without the inverse factor at hand
+        torch.testing.assert_close(fresh.whiten_gradient(gradient), columns.T @ gradient.flatten())
 
 
 def test_perturbations_have_the_centred_logit_covariance(covariance):
