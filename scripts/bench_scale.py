@@ -3,7 +3,7 @@
     python scripts/bench_scale.py                    seconds, bytes all-reduced and memory against N, D, K and R
     python scripts/bench_scale.py --fit              and the cost model, checked on a point left out, and the plan
     python scripts/bench_scale.py --million          N to 10^6 at D = 512 from a memory map (a 2 GB file)
-    python scripts/bench_scale.py --wide             1,000 classes at D = 2,048 (kron), 7 classes at D = 2,048 (full)
+    python scripts/bench_scale.py --wide kron        1,000 classes at D = 2,048; --wide full: 7 classes
     python scripts/bench_scale.py --device cuda      the same on the GPU, and a row for each device
 
 Every point is a process of its own (R of them under torchrun), one thread each unless --threads says otherwise, reading
@@ -157,16 +157,21 @@ def show_plan(passes: int, images_a_core: float) -> None:
 
 
 def million(folder: Path) -> None:
-    """Time over N to 10^6 and anonymous memory."""
+    """Time and anonymous memory over N to 10^6; other programs disturb processor time (both threads) less."""
     features(MILLION, folder)
     header()
-    took = []
+    found = []
     for size in MILLION:
-        found = run(size, folder)
-        show("N", size, found)
-        took.append(sum(found.seconds.values()))
-        print(f"  anonymous memory {found.memory_peak:.0f} MiB in all, {found.memory_before:.0f} before", flush=True)
-    print(f"exponent of time over N: {exponent([size.images for size in MILLION], took):.2f}")
+        found.append(run(size, folder))
+        show("N", size, found[-1])
+        print(
+            f"  anonymous memory {found[-1].memory_peak:.0f} MiB in all, {found[-1].memory_before:.0f} before; "
+            f"processor time {found[-1].processor:.1f} s",
+            flush=True,
+        )
+    images = [float(size.images) for size in MILLION]
+    print(f"exponent of time over N: {exponent(images, [sum(point.seconds.values()) for point in found]):.2f}")
+    print(f"exponent of processor time over N: {exponent(images, [point.processor for point in found]):.2f}")
 
 
 def devices(folder: Path) -> None:
@@ -183,14 +188,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true", help="the cost model, its check and the plan for 10^9 images")
     parser.add_argument("--million", action="store_true", help="N to 10^6 at D = 512 from a memory map, two threads")
-    parser.add_argument("--wide", action="store_true", help="K = 1,000 and D = 2,048, in this process")
+    parser.add_argument("--wide", choices=list(wide.SIZES), help="K = 1,000 (kron) or K = 7 (full), both at D = 2,048")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--folder", type=Path, help="where the features' files go (default: a temporary folder)")
     parsed = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=parsed.folder) as name:
         folder = Path(name)
         if parsed.wide:
-            return wide.main()
+            return wide.steps(parsed.wide)
         if parsed.million:
             return million(folder)
         features([*(size for sizes in SWEEPS.values() for size in sizes), LEFT_OUT], folder)

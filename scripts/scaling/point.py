@@ -49,6 +49,7 @@ class Found:
     """What was measured: the time of each stage on rank 0 in s, counts, memory of the largest rank in MiB."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    processor: float = 0.0
     passes: int = 0
     reduced: list[int] = field(default_factory=list)
     wire: list[tuple[int, float]] = field(default_factory=list)
@@ -139,6 +140,7 @@ def measure(size: Size, folder: Path) -> Found:
     with joined() as group:
         own = share(size.images, group)
         features: Any = torch.from_numpy(phi[own].copy()).cuda() if size.device == "cuda" else phi[own]
+        processor = time.process_time()
         with watched(found):
             images = timed(
                 found, "check", lambda: check_images(features, labels[own], num_classes=size.classes, group=group), ""
@@ -150,7 +152,7 @@ def measure(size: Size, folder: Path) -> Found:
             timed(
                 found, "curvature", lambda: laplace_at(images, mode, whitener, 1.0, size.structure, None), size.device
             )
-        found.passes = passes
+        found.passes, found.processor = passes, time.process_time() - processor
         if size.device == "cuda":
             found.memory_peak = torch.cuda.max_memory_allocated() / 2**20
         if group is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 import bayescam as bc
 
 _T = TypeVar("_T")
+SIZES = {"kron": (4000, 2048, 1000), "full": (4000, 2048, 7)}
 
 
 def problem(images: int, width: int, classes: int) -> tuple[Tensor, Tensor]:
@@ -35,8 +36,9 @@ def step(name: str, make: Callable[[], _T]) -> _T:
     return made
 
 
-def steps(images: int, width: int, classes: int, structure: str) -> None:
+def steps(structure: str) -> None:
     """Fit, sample, predict, and the sd of class activation maps."""
+    images, width, classes = SIZES[structure]
     phi, labels = problem(images, width, classes)
     title = f"N = {images:,}, D = {width}, K = {classes}, {structure}"
     print(f"\n| {title} | s | anonymous memory, MiB |\n|---|---|---|")
@@ -49,8 +51,3 @@ def steps(images: int, width: int, classes: int, structure: str) -> None:
     step("predict_proba, 100 images, the default", lambda: fit.predict_proba(phi[:100]))
     maps = torch.relu(torch.randn(16, width, 7, 7, generator=torch.Generator().manual_seed(1)))
     step("CAM sd, 16 images of 7 x 7 cells, all classes", lambda: bc.CamPosterior(maps, fit).sd)
-
-
-def main() -> None:
-    steps(4000, 2048, 1000, "kron")
-    steps(4000, 2048, 7, "full")
