@@ -40,7 +40,7 @@ SWEEPS = {
     "R": [replace(BASE, images=40_000, ranks=r) for r in (1, 2)] + [replace(BASE, width=512, ranks=2)],
 }
 LEFT_OUT = Size(60_000, 384, 10, ranks=2)
-MILLION = [Size(n, 512, 7, threads=2) for n in (10_000, 100_000, 1_000_000)]
+MILLION = (10_000, 100_000, 1_000_000)
 RESNET18, FILE_BYTES, TAUS = 3.6e9, 1e5, 12
 
 
@@ -81,7 +81,7 @@ def header() -> None:
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
 
 
-def exponent(values: list[float], took: list[float]) -> float:
+def exponent(values: list[int], took: list[float]) -> float:
     """The least-squares slope of log time over log size."""
     return float(np.polyfit(np.log(values), np.log(took), 1)[0])
 
@@ -156,12 +156,13 @@ def show_plan(passes: int, images_a_core: float) -> None:
             print(f"| {step.name} | {step.limit} | {step.seconds:,.1f} | {hours:,.2f} | {step.sent / 1e6:,.1f} |")
 
 
-def million(folder: Path) -> None:
+def million(folder: Path, images: list[int]) -> None:
     """Time and anonymous memory over N to 10^6; other programs disturb processor time (both threads) less."""
-    features(MILLION, folder)
+    sizes = [Size(n, 512, 7, threads=2) for n in images]
+    features(sizes, folder)
     header()
     found = []
-    for size in MILLION:
+    for size in sizes:
         found.append(run(size, folder))
         show("N", size, found[-1])
         print(
@@ -169,7 +170,6 @@ def million(folder: Path) -> None:
             f"processor time {found[-1].processor:.1f} s",
             flush=True,
         )
-    images = [float(size.images) for size in MILLION]
     print(f"exponent of time over N: {exponent(images, [sum(point.seconds.values()) for point in found]):.2f}")
     print(f"exponent of processor time over N: {exponent(images, [point.processor for point in found]):.2f}")
 
@@ -187,7 +187,9 @@ def devices(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true", help="the cost model, its check and the plan for 10^9 images")
-    parser.add_argument("--million", action="store_true", help="N to 10^6 at D = 512 from a memory map, two threads")
+    parser.add_argument(
+        "--million", type=int, nargs="*", metavar="N", help="N to 10^6 at D = 512 from a memory map, two threads"
+    )
     parser.add_argument("--wide", choices=list(wide.SIZES), help="K = 1,000 (kron) or K = 7 (full), both at D = 2,048")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--folder", type=Path, help="where the features' files go (default: a temporary folder)")
@@ -196,8 +198,8 @@ def main() -> None:
         folder = Path(name)
         if parsed.wide:
             return wide.steps(parsed.wide)
-        if parsed.million:
-            return million(folder)
+        if parsed.million is not None:
+            return million(folder, parsed.million or list(MILLION))
         features([*(size for sizes in SWEEPS.values() for size in sizes), LEFT_OUT], folder)
         if parsed.device == "cuda" and not torch.cuda.is_available():
             sys.exit("--device cuda: there is no GPU on this machine")
