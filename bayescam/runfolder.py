@@ -142,8 +142,8 @@ def opened(
 
 def _refuse_inside(path: Path, config: Config) -> None:
     """Refuse a run folder among the images, where its figures would be images, or in another run folder."""
-    out, data = path.resolve(), Path(config.data.spec)
-    if (data.is_dir() and not (data / "manifest.csv").is_file()) and out.is_relative_to(data.resolve()):
+    out, data = Path(os.path.realpath(path)), Path(config.data.spec)  # Path.resolve raises where links go round
+    if (data.is_dir() and not (data / "manifest.csv").is_file()) and out.is_relative_to(os.path.realpath(data)):
         raise UsageError(f"--out {path}: lies among the images of --data {data}; name a folder outside")
     for parent in out.parents:
         if is_file(parent / _STAGES):
