@@ -98,6 +98,23 @@ def test_what_the_system_refuses_is_one_line_with_the_next_step(monkeypatch, cap
     assert words in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("interrupt", "words"),
+    [
+        (KeyboardInterrupt(), "bayescam: interrupted; what was finished is kept (see --resume)"),
+        (KeyboardInterrupt("1 of 4 chains complete"), "bayescam: 1 of 4 chains complete; what was finished is kept"),
+    ],
+)
+def test_an_interrupt_is_one_line_and_status_130(monkeypatch, capsys, tmp_path, interrupt, words):
+    def pressed(path):
+        raise interrupt
+
+    monkeypatch.setattr("bayescam.diagnose.diagnosis.diagnose_run", pressed)
+    assert main(["diagnose", str(tmp_path)]) == 130
+    (line,) = _lines(capsys)
+    assert line.startswith(words)
+
+
 def test_an_error_in_the_program_itself_keeps_its_traceback(monkeypatch, tmp_path):
     def fails(path):
         raise RuntimeError("a bug")
