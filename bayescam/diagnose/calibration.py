@@ -126,55 +126,6 @@ def _confidence_bins(probs: np.ndarray, num_bins: int) -> tuple[np.ndarray, np.n
     return confidence, np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
 
 
-def bootstrap_intervals(
-    probs: np.ndarray,
-    labels: np.ndarray,
-    groups: np.ndarray,
-    *,
-    level: float = 0.9,
-    num_resamples: int = 1000,
-    num_bins: int = 15,
-    seed: int = 0,
-) -> dict[str, tuple[float, float]]:
-    """Percentile intervals of accuracy, nll, ece and brier when whole groups (patients) are drawn anew.
-
-    Every number is a ratio of sums over images, so a resample is a row of group counts and all of them are one product.
-
-    Args:
-        probs: (N, K).
-        labels: (N,).
-        groups: (N,) names; equal names stay together.
-        level: of the intervals.
-        num_resamples: bootstrap draws.
-        num_bins: of the ECE.
-        seed: of the draws.
-    """
-    names, member = np.unique(groups, return_inverse=True)
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=num_resamples).astype(float)
-    confidence, bins = _confidence_bins(probs, num_bins)
-    correct = (probs.argmax(1) == labels).astype(float)
-    likelihood = np.maximum(probs[np.arange(len(labels)), labels], np.finfo(probs.dtype).tiny)
-    one_hot = np.eye(probs.shape[1])[labels]
-    gap = np.zeros((len(labels), num_bins))
-    gap[np.arange(len(labels)), bins] = correct - confidence
-    columns = np.column_stack(
-        [np.ones(len(labels)), correct, -np.log(likelihood), np.square(probs - one_hot).sum(1), gap]
-    )
-    sums = np.zeros((len(names), columns.shape[1]))
-    np.add.at(sums, member, columns)
-    totals = counts @ sums
-    size = totals[:, 0]
-    values = {
-        "accuracy": totals[:, 1] / size,
-        "nll": totals[:, 2] / size,
-        "brier": totals[:, 3] / size,
-        "ece": np.abs(totals[:, 4:]).sum(1) / size,
-    }
-    tail = (1 - level) / 2
-    return {name: tuple(np.quantile(v, [tail, 1 - tail]).tolist()) for name, v in values.items()}
-
-
 def per_class(probs: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
     """Recall and precision of each class, (K,); nan where a class has no image or is never predicted."""
     k = probs.shape[1]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import tomllib
+from collections.abc import Sequence
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, StrictUndefined
 
-from bayescam.diagnose.calibration import bootstrap_intervals
 from bayescam.diagnose.diagnosis import diagnose_run
 from bayescam.report.cam_panels import caption
 from bayescam.report.figures import cam_cases
@@ -25,7 +24,14 @@ HEADLINES = {
     "nuts": "Neither Gaussian posterior predicts like NUTS here; use NUTS.",
     "undecided": "Nothing can be said about Laplace: NUTS itself has not converged.",
 }
-_METRICS = ("accuracy", "nll", "ece", "brier")
+HEADLINE_METRICS = ("accuracy", "nll", "ece", "brier")
+MORE_METRICS = {
+    "accuracy_macro": "accuracy, mean over classes",
+    "ece_equal_mass": "ECE, bins of equal mass",
+    "error_surest_80": "error among the surest 80 %",
+    "brier_reliability": "Brier: reliability",
+    "brier_resolution": "Brier: resolution",
+}
 
 
 def write_report(run_folder: Path) -> Path:
@@ -57,11 +63,11 @@ def contents(files: RunFiles) -> dict[str, Any]:
         "words": files.comparison["words"],
         "data": files.data,
         "equal": files.data.get("equal_across_splits", []),
-        "class_counts": [
-            (name, [files.data["counts"][part][name] for part in ("train", "valid", "test")]) for name in files.classes
-        ],
+        "classes": class_rows(files),
         "metrics": files.metrics,
         "rows": metric_rows(files),
+        "more_rows": metric_rows(files, list(MORE_METRICS)),
+        "more": MORE_METRICS,
         "tolerance": files.tolerance,
         "predictive": files.comparison["predictive"],
         "names": NAMES,
@@ -77,21 +83,32 @@ def contents(files: RunFiles) -> dict[str, Any]:
     }
 
 
-def metric_rows(files: RunFiles) -> list[dict[str, Any]]:
-    """The metrics of every method with 90 % bootstrap intervals over patients."""
-    patients = files.predictions["patient"].values.astype(str)
-    ids = files.predictions["obs_id"].values.astype(str)
-    groups = np.array([patient or name for patient, name in zip(patients, ids, strict=True)])
-    rows = []
-    for method, values in files.metrics["methods"].items():
-        intervals = bootstrap_intervals(files.probs(method), files.labels, groups)
-        cells = [{"value": values[name], "low": intervals[name][0], "high": intervals[name][1]} for name in _METRICS]
-        rows.append({"method": NAMES.get(method, method), "cells": cells})
-    for column, name in enumerate(_METRICS):
-        best = (max if name == "accuracy" else min)(row["cells"][column]["value"] for row in rows)
+def metric_rows(files: RunFiles, names: Sequence[str] = HEADLINE_METRICS) -> list[dict[str, Any]]:
+    """Metrics of every method with their bootstrap intervals over patients; the best of each is marked."""
+    intervals = files.metrics["intervals"]
+    rows = [
+        {"method": NAMES.get(method, method), "cells": [{**intervals[method][name], "best": False} for name in names]}
+        for method in files.metrics["methods"]
+    ]
+    for column, name in enumerate(names):
+        larger = name.startswith("accuracy") or name == "brier_resolution"
+        best = (max if larger else min)(row["cells"][column]["value"] for row in rows)
         for row in rows:
             row["cells"][column]["best"] = row["cells"][column]["value"] == best
     return rows
+
+
+def class_rows(files: RunFiles) -> list[dict[str, Any]]:
+    """Each class with its images by split and its accuracy under NUTS; the accuracy is None without test images."""
+    found, counts = files.metrics["intervals"]["nuts"], files.data["counts"]
+    return [
+        {
+            "name": name,
+            "counts": [counts[part][name] for part in ("train", "valid", "test")],
+            "accuracy": found.get(f"accuracy[{k}]"),
+        }
+        for k, name in enumerate(files.classes)
+    ]
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from bayescam.posterior.temperature import fit_temperature
 from bayescam.stages.state import METHODS, RunState
 from bayescam.storage import printable, write_text
 
+INTERVAL_LEVEL = 0.9
 _COMPARED_MAPS = 32
 
 
@@ -53,6 +55,8 @@ def predict(state: RunState) -> None:
         methods = {name: classification_metrics(probs, part.labels) for name, probs in probabilities.items()}
         metrics = {
             "methods": methods,
+            "interval_level": INTERVAL_LEVEL,
+            "intervals": _intervals(state, part, probabilities),
             "num_test": len(part.labels),
             "num_train": len(state.rows("train")),
             "num_valid": len(state.rows("valid")),
@@ -62,6 +66,18 @@ def predict(state: RunState) -> None:
         }
         write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
         write_text(folder / "table.md", _table(methods, len(part.labels)))
+
+
+def _intervals(state: RunState, part: Features, probabilities: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Every metric of every method with its bootstrap interval over patients; see ``diagnose.intervals.METRICS``."""
+    from bayescam.diagnose.intervals import metrics_with_intervals
+
+    groups = np.array([state.patients[i] or part.ids[n] for n, i in enumerate(state.rows("test"))])
+    found = {}
+    for name, probs in probabilities.items():
+        rows = metrics_with_intervals(probs.numpy(), part.labels.numpy(), groups, level=INTERVAL_LEVEL)
+        found[name] = {metric: asdict(interval) for metric, interval in rows.items()}
+    return found
 
 
 def _table(methods: dict[str, dict[str, Any]], num_test: int) -> str:

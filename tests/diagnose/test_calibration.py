@@ -16,7 +16,6 @@ from sklearn.metrics import (
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from bayescam.diagnose.calibration import (
-    bootstrap_intervals,
     brier_decomposition,
     classification_metrics,
     consistency_band,
@@ -102,29 +101,6 @@ def test_entropy_and_mutual_information_have_their_bounds():
     assert float(mutual_information(same, phi).abs().max()) < 1e-12
     shifted = Draws(weight + torch.randn(2, 30, 1, 4, generator=generator, dtype=torch.float64), bias)
     torch.testing.assert_close(mutual_information(shifted, phi), found)
-
-
-def test_bootstrap_equals_a_loop_over_resamples(problem):
-    probs, labels = problem
-    groups = np.repeat(np.arange(100), 4)
-    found = bootstrap_intervals(probs, labels, groups, num_resamples=200, seed=3)
-    counts = np.random.default_rng(3).multinomial(100, np.full(100, 0.01), size=200)
-    loop = {name: [] for name in found}
-    for row in counts:
-        rows = np.repeat(np.arange(400), row[groups])
-        for name, value in classification_metrics(probs[rows], labels[rows]).items():
-            if name in loop:
-                loop[name].append(value)
-    for name, (low, high) in found.items():
-        np.testing.assert_allclose([low, high], np.quantile(loop[name], [0.05, 0.95]), rtol=1e-10)
-
-
-def test_bootstrap_over_patients_is_wider_than_over_images(problem):
-    probs, labels = problem
-    probs, labels = np.repeat(probs[:80], 5, 0), np.repeat(labels[:80], 5)
-    low, high = bootstrap_intervals(probs, labels, np.arange(400))["nll"]
-    by_patient = bootstrap_intervals(probs, labels, np.repeat(np.arange(80), 5))["nll"]
-    assert by_patient[1] - by_patient[0] > 1.5 * (high - low)
 
 
 def test_per_class_equals_scikit_learn(problem):
