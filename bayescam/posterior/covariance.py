@@ -153,14 +153,12 @@ class FullCovariance(_Movable):
 
     def unwhiten(self, z: Tensor) -> Tensor:
         """theta = (Q (x) I) L^-T z, of covariance Sigma (the shift apart) for standard normal z: (M,) -> (K, D+1)."""
-        return self.basis @ torch.einsum("mje,m->je", self.inverse_cholesky, z)
+        return self.basis @ self.whiten(z).unflatten(0, (-1, self.num_features + 1))
 
     def whiten_gradient(self, gradient: Tensor) -> Tensor:
         """The gradient in z of a function whose gradient in theta is (K, D+1): the transpose of ``unwhiten``."""
-        seen = self.basis.T @ gradient
-        if "inverse_cholesky" in vars(self):
-            return torch.einsum("mje,je->m", self.inverse_cholesky, seen)
-        return torch.linalg.solve_triangular(self.precision_cholesky, seen.reshape(-1, 1), upper=False).squeeze(1)
+        seen = (self.basis.T @ gradient).reshape(-1, 1)
+        return torch.linalg.solve_triangular(self.precision_cholesky, seen, upper=False).squeeze(1)
 
     def distance(self, theta: Tensor) -> float:
         """sqrt(theta^T Sigma^-1 theta) of a (K, D+1) that sums to nought over classes: its length in posterior sds."""

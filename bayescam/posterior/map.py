@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from bayescam.errors import ConvergenceError
@@ -20,10 +18,11 @@ from bayescam.posterior.curvature import (
     probabilities_at,
 )
 from bayescam.posterior.images import TrainingImages
+from bayescam.posterior.lbfgs import minimise
 from bayescam.posterior.model import negative_log_joint
 
-_LBFGS_ITERATIONS = 500
-_LBFGS_TOLERANCE = 0.03
+_LBFGS_EVALUATIONS = 1000
+_LBFGS_TOLERANCE = 0.01
 _NEWTON_STEPS = 30
 _CG_STEPS = 200
 _CG_SHARE = 1e-4
@@ -61,23 +60,14 @@ def descend(
     In z with theta = V (z / sqrt(b a + tau)) U^T the Hessian is near the identity, so that a few dozen
     evaluations do.
     """
-    norm = [math.inf]
 
-    def objective(z: np.ndarray) -> tuple[float, np.ndarray]:
-        theta = start + whitener.unwhiten(torch.from_numpy(z).to(start))
-        value, gradient = negative_log_joint(theta, images, prior_precision)
-        whitened = whitener.whiten_gradient(gradient)
-        norm[0] = float(whitened.norm())
-        return float(value), whitened.cpu().numpy()
+    def objective(z: Tensor) -> tuple[float, Tensor]:
+        value, gradient = negative_log_joint(start + whitener.unwhiten(z), images, prior_precision)
+        return float(value), whitener.whiten_gradient(gradient)
 
-    def stop(intermediate_result: object) -> None:
-        if norm[0] < tolerance:
-            raise StopIteration
-
-    origin = np.zeros(whitener.eigenvalues.numel())
-    options = {"maxcor": 10, "maxiter": _LBFGS_ITERATIONS, "maxfun": 4 * _LBFGS_ITERATIONS, "ftol": 0.0, "gtol": 0.0}
-    best = minimize(objective, origin, jac=True, method="L-BFGS-B", callback=stop, options=options)
-    return start + whitener.unwhiten(torch.from_numpy(best.x).to(start))
+    origin = torch.zeros(whitener.eigenvalues.numel()).to(start)
+    found = minimise(objective, origin, near=lambda norm: norm < tolerance, evaluations=_LBFGS_EVALUATIONS)
+    return start + whitener.unwhiten(found)
 
 
 def newton_direction(

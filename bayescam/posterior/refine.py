@@ -36,9 +36,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from bayescam.parallel import size
@@ -46,6 +44,7 @@ from bayescam.posterior.covariance import Covariance, DiagCovariance, KronCovari
 from bayescam.posterior.curvature import feature_gram, full_covariance
 from bayescam.posterior.expectations import LogitRule, Moments, expected_loss, logit_rule, logit_scales, moments
 from bayescam.posterior.images import TrainingImages, augment
+from bayescam.posterior.lbfgs import minimise
 
 if TYPE_CHECKING:
     from bayescam.posterior.laplace import Laplace
@@ -56,6 +55,7 @@ _ANDERSON_DEPTH = 6
 _SHORTEST_STEP = 1 / 16
 _FURTHEST = 5.0
 _MEAN_GRADIENT = (5e-3, 5e-2)
+_EVALUATIONS = 80
 _SMALLEST = 1e-30
 _POINTS = ((10_000, 128), (2_000, 256), (0, 512))
 
@@ -180,24 +180,22 @@ def maximise_mean(
     It stops where the whitened gradient, the distance left in posterior sds, is a fiftieth of the first, within
     .005 and .05.
     """
-    norms: list[float] = []
+    first = math.inf
 
-    def objective(z: np.ndarray) -> tuple[float, np.ndarray]:
-        moved = theta + covariance.unwhiten(torch.from_numpy(z).to(theta))
+    def objective(z: Tensor) -> tuple[float, Tensor]:
+        moved = theta + covariance.unwhiten(z)
         loss, gradient = expected_loss(images, moved, covariance, scales, rule)
-        whitened = covariance.whiten_gradient(gradient + tau * moved)
-        norms.append(float(whitened.norm()))
-        return loss + tau / 2 * float(moved.square().sum()), whitened.cpu().numpy()
+        return loss + tau / 2 * float(moved.square().sum()), covariance.whiten_gradient(gradient + tau * moved)
 
-    def stop(intermediate_result: object) -> None:
+    def near(norm: float) -> bool:
+        nonlocal first
+        first = norm if first == math.inf else first
         least, most = _MEAN_GRADIENT
-        if norms[-1] < min(max(0.02 * norms[0], least), most):
-            raise StopIteration
+        return norm < min(max(0.02 * first, least), most)
 
-    size = covariance.whiten_gradient(theta).numel()
-    options = {"maxcor": 20, "maxiter": 60, "ftol": 0.0, "gtol": _MEAN_GRADIENT[0] / math.sqrt(size)}
-    best = minimize(objective, np.zeros(size), jac=True, method="L-BFGS-B", callback=stop, options=options)
-    return theta + covariance.unwhiten(torch.from_numpy(best.x).to(theta))
+    origin = torch.zeros_like(covariance.whiten_gradient(theta))
+    found = minimise(objective, origin, near=near, evaluations=_EVALUATIONS)
+    return theta + covariance.unwhiten(found)
 
 
 def _try(problem: _Problem, state: _State, log_weights: Tensor) -> _State:
