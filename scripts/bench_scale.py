@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 from scaling import wide
-from scaling.model import STAGES, Hardware, Model, fit, messages, plan, terms
+from scaling.model import STAGES, Hardware, Model, Workload, fit, messages, plan, terms
 from scaling.point import Found, Size, simulate
 
 import bayescam as bc
@@ -41,7 +41,6 @@ SWEEPS = {
 }
 LEFT_OUT = Size(60_000, 384, 10, ranks=2)
 MILLION = (10_000, 100_000, 1_000_000)
-RESNET18, FILE_BYTES, TAUS = 3.6e9, 1e5, 12
 
 
 def run(size: Size, folder: Path, seconds: float = 3600) -> Found:
@@ -130,30 +129,30 @@ def words(size: Size) -> str:
     return f"N = {size.images:,}, D = {size.width}, K = {size.classes}, R = {size.ranks}"
 
 
-def decoded(folder: Path) -> float:
-    """Radiographs that one core reads in a second: a phantom as a JPEG of 512 x 512."""
-    picture = Image.fromarray((255 * bc.open_dataset("phantom", num=7).image(0)).astype(np.uint8)).resize((512, 512))
+def decoded(folder: Path) -> tuple[float, int]:
+    """Radiographs that a core reads in a second, and bytes of the file: a phantom, 512 x 512, with the grain of film."""
+    phantom = 255 * bc.open_dataset("phantom", num=7).image(0)
+    picture = np.asarray(Image.fromarray(phantom.astype(np.uint8)).resize((512, 512)), dtype=np.float64)
+    grain = np.random.default_rng(0).normal(0, 6, picture.shape)
     path = folder / "radiograph.jpg"
-    picture.save(path, quality=90)
+    Image.fromarray((picture + grain).clip(0, 255).astype(np.uint8)).save(path, quality=90)
     bc.read_image(path)
     begun, count = time.perf_counter(), 0
     while time.perf_counter() - begun < 2:
         bc.read_image(path)
         count += 1
-    return count / (time.perf_counter() - begun)
+    return count / (time.perf_counter() - begun), path.stat().st_size
 
 
-def show_plan(passes: int, images_a_core: float) -> None:
+def show_plan(work: Workload) -> None:
     """10^9 images on 64 GPUs, by NVIDIA's figures for the H100 and what was measured here."""
-    gpu = Hardware()
-    print(f"\n{images_a_core:.0f} radiographs of 512 x 512 decoded a second and core; {passes} passes a MAP; {gpu}")
+    print(f"\n{work}\n{Hardware()}")
     for width in (512, 2048):
         size = Size(10**9, width, 7, ranks=64)
-        steps = plan(size, passes, images_a_core, RESNET18, FILE_BYTES, TAUS)
-        print(f"\n| {words(size)} | limit | s | GPU hours | MB sent by a GPU |\n|---|---|---|---|---|")
-        for step in steps:
+        print(f"\n| {words(size)} | limit | s | GPU hours | GB sent by a GPU |\n|---|---|---|---|---|")
+        for step in plan(size, work):
             hours = step.seconds * size.ranks / 3600
-            print(f"| {step.name} | {step.limit} | {step.seconds:,.1f} | {hours:,.2f} | {step.sent / 1e6:,.1f} |")
+            print(f"| {step.name} | {step.limit} | {step.seconds:,.1f} | {hours:,.2f} | {step.sent / 1e9:,.3f} |")
 
 
 def million(folder: Path, images: list[int]) -> None:
@@ -207,7 +206,7 @@ def main() -> None:
         devices(folder)
         if parsed.fit:
             model = report_fit(points, run(LEFT_OUT, folder))
-            show_plan(model.passes, decoded(folder))
+            show_plan(Workload(*decoded(folder), model.passes))
 
 
 if __name__ == "__main__":

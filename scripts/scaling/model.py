@@ -77,17 +77,52 @@ def fit(points: list[tuple[Size, Found]]) -> Model:
 
 @dataclass(frozen=True)
 class Hardware:
-    """One GPU's share of a DGX H100 by NVIDIA's data sheets, and which part of each peak is assumed to be reached."""
+    """One GPU's share of a DGX H100 by NVIDIA's data sheets, and the shares of those peaks assumed to be reached.
+
+    Args:
+        float32, tensorfloat32: operations a second; the latter, on tensor cores, is torch's default for convolutions.
+        memory, memory_size: bytes a second and bytes of the GPU's own memory.
+        host_link, network: bytes a second, each way.
+        cores: of the host, a GPU.
+        latency: seconds of an all-reduce among 2 ranks; log2(R) times that among R. Assumed.
+        reached, streamed: shares of the arithmetic and of the bandwidths. Assumed.
+    """
 
     float32: float = 67e12
-    tensor_bfloat16: float = 989e12
+    tensorfloat32: float = 495e12
     memory: float = 3.35e12
     memory_size: float = 80e9
     host_link: float = 64e9
     network: float = 50e9
-    latency: float = 50e-6
     cores: int = 14
+    latency: float = 20e-6
     reached: float = 0.4
+    streamed: float = 0.7
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is done to every image.
+
+    Args:
+        decoded: files that a core reads in a second, measured.
+        image_bytes: of such a file.
+        forward: operations of the backbone; training takes three times as many. ResNet-18 at 224 x 224.
+        parameters: of the backbone.
+        batch: images a GPU and step of training.
+        passes: over the features of one MAP, measured.
+        taus: prior precisions that the evidence tries.
+        leapfrogs: of NUTS, all ranks walking each chain together: 4 chains of 650 draws, 15 steps each.
+    """
+
+    decoded: float
+    image_bytes: int
+    passes: int
+    forward: float = 3.6e9
+    parameters: float = 11.7e6
+    batch: int = 256
+    taus: int = 12
+    leapfrogs: int = 4 * 650 * 15
 
 
 @dataclass(frozen=True)
@@ -100,44 +135,34 @@ class Step:
     sent: float = 0.0
 
 
-def plan(size: Size, passes: int, decoded: float, image_flops: float, image_bytes: float, taus: int) -> list[Step]:
-    """The stages of a run over ``size.images`` on ``size.ranks`` GPUs, each at the slowest of its limits.
+def plan(size: Size, work: Workload, gpu: Hardware = Hardware()) -> list[Step]:
+    """The stages of a run over ``size.images`` on ``size.ranks`` GPUs, each at the slowest of its limits."""
+    own, width, k = size.images / size.ranks, size.width + 1, size.classes
+    pairs, held = k * (k - 1) // 2, 4.0 * own * size.width
+    resident = held < 0.6 * gpu.memory_size
+    scan = held / (gpu.streamed * (gpu.memory if resident else gpu.host_link))
+    where = "GPU memory" if resident else "host link"
+    ring, hops = 2 * (size.ranks - 1) / size.ranks, math.log2(size.ranks)
+    flops = gpu.reached * gpu.float32
+    gram = 1.2 * width * width * own / flops
 
-    Args:
-        size: N, D, K and the number of GPUs.
-        passes: over the features, of one MAP.
-        decoded: radiographs that a core reads in a second.
-        image_flops, image_bytes: of one image through the backbone, and of its file.
-        taus: prior precisions that the evidence tries.
-    """
-    gpu, own, e, k = Hardware(), size.images / size.ranks, size.width + 1, size.classes
-    pairs, held = k * (k - 1) // 2, 4 * own * size.width
-    rate = gpu.memory if held < 0.6 * gpu.memory_size else gpu.host_link
-    where = "GPU memory" if rate == gpu.memory else "host link"
-    ring = 2 * (size.ranks - 1) / size.ranks
-    small, large = 8 * (k * e + 1), 8 * pairs * e * e
+    def reduced(bytes_each: float) -> float:
+        return gpu.latency * hops + ring * bytes_each / (gpu.streamed * gpu.network)
 
-    def reduced(size_in_bytes: float, count: int) -> float:
-        return count * (gpu.latency * math.log2(size.ranks) + ring * size_in_bytes / gpu.network)
+    def step(name: str, limit: str, seconds: float, message: float = 0.0, times: float = 1.0) -> Step:
+        return Step(name, limit, times * (seconds + (reduced(message) if message else 0.0)), times * ring * message)
 
-    gram = 1.2 * e * e * own / (gpu.reached * gpu.float32)
-    scan = held / (0.7 * rate)
-    factor = ((k - 1) * e) ** 3 / 3 / (gpu.reached * gpu.float32)
+    forward = own * work.forward / (gpu.reached * gpu.tensorfloat32)
+    point, matrix = 8.0 * (k * width + 1), 8.0 * width * width
+    factor = ((k - 1) * width) ** 3 / 3 / flops
+    updates = own / work.batch
     return [
-        Step("read and decode", f"{gpu.cores} cores a GPU", own / (gpu.cores * decoded)),
-        Step("read from storage", "network", own * image_bytes / gpu.network),
-        Step("backbone, forward", "tensor cores", own * image_flops / (gpu.reached * gpu.tensor_bfloat16)),
-        Step("Gram matrix", "float32", max(gram, scan) + reduced(8 * e * e, 1), ring * 8 * e * e),
-        Step(
-            f"MAP, {taus} prior precisions",
-            where,
-            taus * (passes * scan + reduced(small, passes)),
-            taus * passes * ring * small,
-        ),
-        Step(
-            f"Hessian, {taus} prior precisions",
-            "float32",
-            taus * (max(pairs * gram, scan) + factor + reduced(large, 1)),
-            taus * ring * large,
-        ),
+        step("read files", "network", own * work.image_bytes / (gpu.streamed * gpu.network)),
+        step("decode files", f"{gpu.cores} cores a GPU", own / (gpu.cores * work.decoded)),
+        step("one epoch of training", "tensor cores", 3 * forward / updates, 4 * work.parameters, updates),
+        step("features", "tensor cores", forward),
+        step("Gram matrix", "float32", max(gram, scan), matrix),
+        step(f"MAP at {work.taus} prior precisions", where, scan, point, work.taus * work.passes),
+        step(f"Hessian at {work.taus}", "float32", max(pairs * gram, scan) + factor, pairs * matrix, work.taus),
+        step(f"NUTS, {work.leapfrogs:,} leapfrog steps", where, scan, point, work.leapfrogs),
     ]
