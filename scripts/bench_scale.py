@@ -130,7 +130,7 @@ def words(size: Size) -> str:
 
 
 def decoded(folder: Path) -> tuple[float, int]:
-    """Radiographs that a core reads in a second, and bytes of the file: a phantom, 512 x 512, with the grain of film."""
+    """Radiographs that a core reads in a second, and bytes of a file: a phantom, 512 x 512, with the grain of film."""
     phantom = 255 * bc.open_dataset("phantom", num=7).image(0)
     picture = np.asarray(Image.fromarray(phantom.astype(np.uint8)).resize((512, 512)), dtype=np.float64)
     grain = np.random.default_rng(0).normal(0, 6, picture.shape)
