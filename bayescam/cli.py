@@ -137,6 +137,9 @@ def _add_run(commands: Any) -> None:
     parser.add_argument("--out", type=Path, help="the run folder (default: runs/<data>-<date>-<time>)")
     parser.add_argument("--preset", choices=("quick", "standard", "thorough"), help="how much work (default: standard)")
     parser.add_argument("--seed", type=int, help="of everything random (default: 0)")
+    parser.add_argument(
+        "--seeds", type=int, metavar="R", help="train R more networks and report how far they differ (default: 0)"
+    )
     parser.add_argument("--device", help="auto (the default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--backbone", help="small (the default), study, or a torchvision name such as resnet18")
     parser.add_argument("--weights", help="torchvision weights name, or a .safetensors file to start from")
@@ -165,6 +168,7 @@ def _run(parsed: argparse.Namespace) -> int:
         "data.root": parsed.root,
         "preset": parsed.preset,
         "seed": parsed.seed,
+        "seeds": parsed.seeds,
         "device": parsed.device,
         "backbone.name": parsed.backbone,
         "backbone.weights": parsed.weights,

@@ -99,10 +99,17 @@ class ExplainConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run's numbers; ``config.toml`` is this, written out."""
+    """Everything that decides a run's numbers; ``config.toml`` is this, written out.
+
+    Args:
+        seed: of everything random.
+        seeds: how many more times the network is trained, from other seeds, to see what that moves; the last layer's
+            posterior cannot know it.
+    """
 
     preset: Preset = "standard"
     seed: int = 0
+    seeds: int = 0
     device: str = "auto"
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -264,6 +271,7 @@ def _without_none(table: dict[str, Any]) -> dict[str, Any]:
 
 _AT_LEAST: dict[str, float] = {
     "seed": 0,
+    "seeds": 0,
     "data.phantom_images": 1,
     "data.limit": 1,
     "data.num_workers": 0,
@@ -279,6 +287,7 @@ _AT_LEAST: dict[str, float] = {
 }
 
 _AT_MOST: dict[str, float] = {  # beyond what anybody has: a slip of the hand, which would run for years
+    "seeds": 1000,
     "data.phantom_images": 10_000_000,
     "data.num_workers": 1024,
     "data.image_size": 4096,

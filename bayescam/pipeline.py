@@ -14,6 +14,7 @@ from bayescam.runfolder import AlreadyComplete, RunFolder, of_images, opened, se
 from bayescam.stages.fitting import features, laplace, nuts, train
 from bayescam.stages.judging import arviz, compare, predict
 from bayescam.stages.reading import read
+from bayescam.stages.retraining import retrain
 from bayescam.stages.showing import cams, pictures
 from bayescam.stages.state import RunState
 from bayescam.storage import read_json
@@ -59,7 +60,7 @@ def run(
                 for stage in _SHARED:
                     stage(state)
                 state.group = None
-                for stage in (predict, compare, cams, arviz, pictures):
+                for stage in (predict, compare, cams, arviz, retrain, pictures):
                     stage(state)
                 folder.complete({"bayescam": __version__, "seed": config.seed, "preset": config.preset})
                 return _farewell(out)

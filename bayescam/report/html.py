@@ -77,6 +77,7 @@ def contents(files: RunFiles) -> dict[str, Any]:
         "checks": diagnosis.checks,
         "passed": diagnosis.passed,
         "nuts_doubts": [check.name for check in diagnosis.failed if check.subject == "nuts"],
+        "seeds": files.json("seeds.json") if (files.folder / "seeds.json").is_file() else None,
         "environment": files.json("environment.json"),
         "timings": files.json("timings.json")["stages"],
         "settings": settings,

@@ -105,9 +105,10 @@ class RunState:
     def image_size(self) -> int:
         return self.new_backbone().image_size
 
-    def new_backbone(self) -> Backbone:
+    def new_backbone(self, seed: int | None = None) -> Backbone:
+        """The network before training, drawn from ``seed`` (the run's, unless another is given)."""
         settings = self.config.backbone
-        torch.manual_seed(self.config.seed)
+        torch.manual_seed(self.config.seed if seed is None else seed)
         try:
             return Backbone(
                 settings.name,

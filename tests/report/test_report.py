@@ -30,6 +30,7 @@ from bayescam.report.model_card import write_model_card
 
 HOSTILE = ['"><script>alert(1)</script>', r"$\badcmd$ {{7*7}}", "<b>bold</b>"]
 SETTINGS = """
+seeds = 1
 [data]
 image_size = 32
 [train]
@@ -115,6 +116,14 @@ class TestReport:
                 assert f"{row[key]:.4f}" in words
                 assert f"{row[key]:.4f}" in card
         assert json.loads((run_folder / "comparison.json").read_text())["words"] in words
+
+    def test_the_limits_say_how_far_another_training_moves(self, run_folder, tmp_path):
+        seeds = json.loads((run_folder / "seeds.json").read_text())
+        assert seeds["num_trainings"] == 2
+        assert "2 trainings of the same network" in (run_folder / "report.html").read_text(encoding="utf-8")
+        shutil.copytree(run_folder, tmp_path / "r")
+        (tmp_path / "r/seeds.json").unlink()
+        assert "was not measured" in write_report(tmp_path / "r").read_text(encoding="utf-8")
 
     def test_written_again_it_is_the_same(self, run_folder, tmp_path):
         shutil.copytree(run_folder, tmp_path / "r")
