@@ -29,7 +29,6 @@ from bayescam.posterior.covariance import Covariance
 from bayescam.posterior.images import TrainingImages, augment
 
 _ELEMENTS = 1 << 18
-_HERMITE_POINTS = 96
 _MIXTURE_POINTS = 24
 _MIXTURE_RANGE = (0.12, 4.5)
 _SERIES = 40
@@ -44,20 +43,17 @@ class NormalRule:
 
 
 def normal_rule(dimension: int, num_points: int, *, seed: int = 0, tails: bool = False) -> NormalRule:
-    """Gauss-Hermite in one dimension; in more, scrambled Sobol points and their mirror images, whitened.
+    """Scrambled Sobol points and their mirror images, whitened.
 
     Odd moments are exact, and with 4 points a dimension the second moments too.
 
     Args:
         dimension: of z.
-        num_points: T >= 2, even; Gauss-Hermite uses 96 whatever is asked.
+        num_points: T >= 2, even.
         seed: of the scramble.
         tails: spread the points out as Normal(0, c^2), with the weights' variance 1 that this costs: (c^2 / sqrt(2 c^2
             - 1))^dimension = 2. Rare events meet more points of less weight.
     """
-    if dimension == 1:
-        nodes, heights = np.polynomial.hermite_e.hermegauss(_HERMITE_POINTS)
-        return NormalRule(torch.from_numpy(nodes)[:, None], torch.from_numpy(heights / heights.sum()))
     if num_points < 2 or num_points % 2:
         raise ValueError(f"num_points is {num_points}; give an even number (points come with their mirror images)")
     sobol = torch.quasirandom.SobolEngine(dimension, scramble=True, seed=seed)
@@ -76,21 +72,20 @@ def normal_rule(dimension: int, num_points: int, *, seed: int = 0, tails: bool =
 
 
 @functools.cache
-def _logistic_mixture() -> tuple[Tensor, Tensor]:
-    """Sds (J,) and weights (J,) of normals whose mixture is the logistic distribution, to 1e-11 in its cdf.
+def _logistic_mixture() -> tuple[tuple[float, float], ...]:
+    """Sds and weights of normals whose mixture is the logistic distribution, to 1e-11 in its cdf.
 
     A logistic variable is 2 kappa z with z standard normal and kappa of Kolmogorov's distribution (Andrews and
     Mallows 1974), whose density, by whichever of its two series converges, is summed by the trapezoidal rule in
     log kappa.
     """
-    low, high = (math.log(end) for end in _MIXTURE_RANGE)
-    kappa = torch.linspace(low, high, _MIXTURE_POINTS, dtype=torch.float64).exp()
-    j = torch.arange(1, _SERIES, dtype=torch.float64)[:, None]
-    above = (8 * kappa * (-1) ** (j - 1) * j**2 * (-2 * (j * kappa) ** 2).exp()).sum(0)
+    kappa = np.geomspace(*_MIXTURE_RANGE, _MIXTURE_POINTS)
+    j = np.arange(1, _SERIES)[:, None]
+    above = (8 * kappa * (-1.0) ** (j - 1) * j**2 * np.exp(-2 * (j * kappa) ** 2)).sum(0)
     odd = (2 * j - 1) ** 2 * math.pi**2 / 8
-    below = math.sqrt(2 * math.pi) * ((2 * odd / kappa**4 - 1 / kappa**2) * (-odd / kappa**2).exp()).sum(0)
-    weights = torch.where(kappa > 0.6, above, below) * kappa
-    return 2 * kappa, weights / weights.sum()
+    below = math.sqrt(2 * math.pi) * ((2 * odd / kappa**4 - 1 / kappa**2) * np.exp(-odd / kappa**2)).sum(0)
+    weights = np.where(kappa > 0.6, above, below) * kappa
+    return tuple(zip((2 * kappa).tolist(), (weights / weights.sum()).tolist(), strict=True))
 
 
 def logistic_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +95,7 @@ def logistic_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Te
     and t_j = mean / r_j: sum_j w_j (mean Phi(t_j) + r_j phi(t_j)), sum_j w_j Phi(t_j) and sum_j w_j phi(t_j) / r_j.
     """
     soft, step, slope = torch.zeros_like(mean), torch.zeros_like(mean), torch.zeros_like(mean)
-    for sd, weight in zip(*(part.tolist() for part in _logistic_mixture()), strict=True):
+    for sd, weight in _logistic_mixture():
         spread = (variance + sd**2).sqrt()
         t = mean / spread
         density = (-0.5 * t * t).exp() * (weight / math.sqrt(2 * math.pi))
@@ -207,8 +202,9 @@ def moments(images: TrainingImages, theta: Tensor, covariance: Covariance, scale
         variances.append(((1 - proba) * weighted).sum(-1) + added + part.at_label(added.sum(1)))
         if structure == "full":
             square = proba @ weighted.mT
-            square[torch.arange(len(added)), part.label] += added
-            square[torch.arange(len(added)), :, part.label] += added
+            row = torch.arange(len(added), device=added.device)
+            square[row, part.label] += added
+            square[row, :, part.label] += added
             products.append(square[:, a, b].clamp(min=0))
         elif structure == "kron":
             if images.image_weights is not None:

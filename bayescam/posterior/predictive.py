@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayescam.posterior.draws import Draws
-from bayescam.posterior.expectations import NormalRule, normal_rule
+from bayescam.posterior.expectations import NormalRule, logistic_moments, normal_rule
 from bayescam.posterior.images import augment, check_rows
 
 if TYPE_CHECKING:
@@ -49,8 +49,13 @@ DEFAULT_METHOD = "mc"
 def gaussian_predict_proba(laplace: Laplace, features: Tensor, *, method: str, num_points: int = 1024) -> Tensor:
     """Class probabilities under a Gaussian posterior: features (N, D) -> (N, K).
 
-    No method can see the shift common to all logits. For K = 2 all but "map" are one-dimensional Gauss-Hermite
-    quadrature.
+    No method can see the shift common to all logits. For K = 2 all but "map" are the integral itself, by
+    ``logistic_moments``.
+
+    "mc" is the default: of the refined posterior it predicts closest to NUTS on confident features
+    (``scripts/real_features.py``, tau = 0.1, clean images: total variation .003, "pairwise" .011, "bridge" .009),
+    and it is the Gaussian's own predictive. Around the MAP of such features the Gaussian itself is wrong ("mc" .56,
+    "pairwise" .52); "bridge", which divides the variances out, stays near the MAP (.006), not near the posterior.
 
     Args:
         laplace: the posterior.
@@ -69,7 +74,11 @@ def gaussian_predict_proba(laplace: Laplace, features: Tensor, *, method: str, n
     mean = mean - mean.mean(1, keepdim=True)
     if method == "map":
         return mean.softmax(1)
-    if method == "mc" or laplace.num_classes == 2:
+    if laplace.num_classes == 2:
+        margin = laplace.covariance.variance(rows, rows.new_tensor([[-1.0, 1.0]]))[:, 0]
+        second = logistic_moments(mean[:, 1] - mean[:, 0], margin)[1]
+        return torch.stack([1 - second, second], dim=1)
+    if method == "mc":
         return _by_rule(laplace, rows, mean, normal_rule(laplace.covariance.logit_rank, num_points))
     approximate = pairwise_probit if method == "pairwise" else laplace_bridge
     chunk = max(1, _ELEMENTS // laplace.num_classes**2)

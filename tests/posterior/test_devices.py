@@ -20,7 +20,7 @@ from bayescam.posterior.curvature import (
     pair_products,
     probabilities_at,
 )
-from bayescam.posterior.expectations import logit_scales, moments, normal_rule
+from bayescam.posterior.expectations import LogitRule, NormalRule, logit_scales, moments
 from bayescam.posterior.images import TrainingImages, augment, check_images
 from bayescam.posterior.model import negative_log_joint
 from bayescam.posterior.nuts_potential import whitening_basis
@@ -81,14 +81,14 @@ def test_a_covariance_and_what_is_asked_of_it_stay_there(images, structure):
 
 @pytest.mark.parametrize("structure", ["kron", "diag"])
 def test_expectations_stay_there_in_the_images_type(images, structure):
-    sigma, rule = covariance(structure), normal_rule(1, 8)
-    rank = sigma.logit_rank
-    rule = type(rule)(torch.empty(8, rank, dtype=torch.float64), torch.empty(8, dtype=torch.float64))
+    sigma = covariance(structure)
+    normal = NormalRule(torch.empty(8, sigma.logit_rank, dtype=torch.float64), torch.empty(8, dtype=torch.float64))
+    rule = LogitRule(normal, torch.empty(len(images.labels), dtype=images.dtype, device=THERE))
     scales = logit_scales(images, sigma)
     is_there(scales, dtype=images.dtype)
     theta = torch.empty(K, E, dtype=torch.float64, device=THERE)
     found = moments(images, theta, sigma, scales, rule)
-    is_there(found.mean, found.square, found.spread, dtype=images.dtype)
+    is_there(found.variances, found.spread, dtype=images.dtype)
 
 
 def test_mps_is_refused_in_words():

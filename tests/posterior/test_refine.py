@@ -48,13 +48,6 @@ def fitted(structure="full", **sizes):
     return phi, labels, bc.fit_laplace(phi, labels, prior_precision=TAU, structure=structure)
 
 
-def test_hermite_rule_integrates_polynomials():
-    rule = normal_rule(1, 2)
-    z = rule.points[:, 0]
-    for power, moment in ((0, 1), (2, 1), (4, 3), (6, 15)):
-        assert float((rule.weights * z**power).sum()) == pytest.approx(moment, rel=1e-10)
-
-
 def test_sobol_rule_has_the_moments_of_a_normal():
     rule = normal_rule(4, 2048)
     assert float((rule.weights @ rule.points).abs().max()) < 1e-12
@@ -308,6 +301,28 @@ def test_prior_precision_by_the_elbo_beats_its_neighbours():
         for tau in (chosen.prior_precision * 0.5, chosen.prior_precision, chosen.prior_precision * 2)
     ]
     assert bounds[1] >= max(bounds) - 0.02
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("spoil", ["absent class", "all zero", "constant", "duplicate", "half", "tiny", "huge"])
+def test_degenerate_features_are_refined(structure, spoil):
+    """What ``fit_laplace`` accepts, ``refine`` takes too: it ends, finite, and never below its start."""
+    phi, labels = problem()
+    change = {
+        "all zero": torch.zeros_like(phi),
+        "constant": torch.cat([phi, torch.ones_like(phi)], 1),
+        "duplicate": torch.cat([phi, phi], 1),
+        "half": phi.half(),
+        "tiny": phi * 1e-8,
+        "huge": phi * 1e8,
+    }
+    phi, classes = change.get(spoil, phi), 4 if spoil == "absent class" else 3
+    fit = bc.fit_laplace(phi, labels, num_classes=classes, prior_precision=TAU, structure=structure)
+    refined = fit.refine(phi, labels)
+    assert math.isfinite(refined.elbo)
+    assert refined.elbo >= refined.refinement.elbo[0]
+    assert bool(refined.predict_proba(phi).isfinite().all())
+    assert refined.refinement.converged or "short of its fixed point" in refined.notes[-1]
 
 
 def test_other_features_are_refused():
