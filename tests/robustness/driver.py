@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 CASE: dict[str, Any] = {}
+BLANK = b"\x89PNG\r\n\x1a\n"
 IMPORTED = (
     "arviz h5netcdf matplotlib.figure matplotlib.backends.backend_agg contourpy PIL.PngImagePlugin tomli_w torchvision "
     "bayescam.apply bayescam.cli bayescam.pipeline bayescam.data.folder bayescam.data.manifest bayescam.data.mura "
@@ -75,6 +76,10 @@ class Driver:
         self._server.stdin.flush()
         return Outcome(**json.loads(self._server.stdout.readline()))
 
+    def sketch(self, *arguments: str | Path, **case: Any) -> Outcome:
+        """``run`` with blank figures, which take half the time of a tiny run."""
+        return self.run(*arguments, sketch=True, **case)
+
     def close(self) -> None:
         assert self._server.stdin is not None
         self._server.stdin.close()
@@ -120,6 +125,10 @@ def _child(case: dict[str, Any], folder: Path) -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (case["limit"], resource.RLIM_INFINITY))
+    if "sketch" in case:
+        from matplotlib.figure import Figure
+
+        Figure.savefig = lambda self, file, **options: Path(file).write_bytes(BLANK)
     from bayescam.cli import main
 
     status = 99

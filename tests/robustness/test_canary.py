@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,12 @@ CLASSES = ("elbow", "hand", "wrist")
 
 def _texture(rng: np.random.Generator, size: int = 40) -> np.ndarray:
     return rng.integers(0, 255, (size // 5, size // 5)).repeat(5, 0).repeat(5, 1).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def driver(driver):
+    """What the figures show does not matter here."""
+    return SimpleNamespace(run=driver.sketch)
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,7 @@ def test_a_run_does_not_depend_on_the_number_of_workers(driver, settings, tiny, 
     for workers in ("0", "2"):
         out, config = tmp_path / workers, settings(tiny)
         flags = ("--num-workers", workers)
-        outcome = driver.run("run", "--config", config, "--out", out, *flags, cache=tmp_path / f"cache{workers}")
+        outcome = driver.sketch("run", "--config", config, "--out", out, *flags, cache=tmp_path / f"cache{workers}")
         assert outcome.status == 0, outcome.err
         found.append((out / "metrics.json").read_text())
     assert found[0] == found[1]
