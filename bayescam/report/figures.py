@@ -10,13 +10,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bayescam.diagnose.calibration import consistency_band, reliability, risk_coverage
+from bayescam.diagnose.selectors import Chosen, largest_effect, largest_shift, worst_rhat
 from bayescam.report.cam_figures import gallery_figure
 from bayescam.report.cam_panels import CasePanels, cell_panels
 from bayescam.report.run_files import RunFiles
 from bayescam.report.style import COLOURS, INK, NAMES, QUIET, named_ticks, new_figure, plain, say
 from bayescam.storage import atomic_path
 
-_NUM_WEIGHTS = 12
+_NUM_WEIGHTS = 6
 
 
 def reliability_figure(probs: Mapping[str, np.ndarray], labels: np.ndarray) -> Figure:
@@ -134,36 +135,41 @@ def agreement_figure(
 
 
 def weights_figure(
-    moments: Mapping[str, tuple[np.ndarray, np.ndarray]], classes: Sequence[str], *, num_weights: int = _NUM_WEIGHTS
+    moments: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    classes: Sequence[str],
+    chosen: Mapping[str, Sequence[tuple[int, int]]],
 ) -> Figure:
-    """The few centred weights with the largest effect, mean and 90 % interval, one row a weight, one colour a method.
+    """A few centred weights, mean and 90 % interval, one row a weight, one colour a method, one panel a reason.
 
     Args:
-        moments: method -> (mean, sd) of the centred weights, (K, D) each; the last one picks the weights.
+        moments: method -> (mean, sd) of the centred weights, (K, D) each.
         classes: K names.
-        num_weights: how many rows.
+        chosen: why -> the (label, feature) indices shown for it.
     """
-    mean, sd = list(moments.values())[-1]
-    order = np.argsort(-np.abs(mean / sd).ravel(), kind="stable")[:num_weights]
-    figure = new_figure(6.4, 1.3 + 0.28 * len(order))
-    axes = plain(figure.subplots(), title="Surest centred weights, mean and 90 % interval", x="logits per unit", y="")
+    lengths = [len(weights) for weights in chosen.values()]
+    figure = new_figure(6.4, 1.1 + 0.4 * len(chosen) + 0.26 * sum(lengths))
+    panels = figure.subplots(len(chosen), 1, squeeze=False, sharex=True, height_ratios=lengths)[:, 0]
     offsets = np.linspace(-0.22, 0.22, len(moments))
-    for offset, (method, (m, s)) in zip(offsets, moments.items(), strict=True):
-        axes.errorbar(
-            m.ravel()[order],
-            np.arange(len(order)) + offset,
-            xerr=1.645 * s.ravel()[order],
-            fmt="o",
-            markersize=3,
-            color=COLOURS.get(method, INK),
-            label=NAMES.get(method, method),
-            elinewidth=1.2,
-        )
-    d = mean.shape[1]
-    named_ticks(axes, [f"{classes[i // d]}, feature {i % d}" for i in order], axis="y")
-    axes.invert_yaxis()
-    axes.axvline(0, color=QUIET, linewidth=1)
-    figure.legend(loc="outside lower center", ncols=len(moments), fontsize=8, frameon=False)
+    for axes, (title, weights) in zip(panels, chosen.items(), strict=True):
+        plain(axes, title=title, y="")
+        rows, columns = np.array(weights).T
+        for offset, (method, (mean, sd)) in zip(offsets, moments.items(), strict=True):
+            axes.errorbar(
+                mean[rows, columns],
+                np.arange(len(weights)) + offset,
+                xerr=1.645 * sd[rows, columns],
+                fmt="o",
+                markersize=3,
+                color=COLOURS.get(method, INK),
+                label=NAMES.get(method, method),
+                elinewidth=1.2,
+            )
+        named_ticks(axes, [f"{classes[k]}, feature {d}" for k, d in weights], axis="y")
+        axes.invert_yaxis()
+        axes.axvline(0, color=QUIET, linewidth=1)
+    panels[-1].set_xlabel("centred weight, mean and 90 % interval, logits per unit", fontsize=9, color=INK)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(moments), fontsize=8, frameon=False)
     return figure
 
 
@@ -204,7 +210,9 @@ def write_figures(folder: Path) -> list[Path]:
             files.tolerance,
             {n: (*spread[n], nuts_mean, nuts_sd) for n in ("laplace_full", "laplace_refined")},
         ),
-        "weights": weights_figure({n: spread[n] for n in ("laplace_full", "laplace_refined", "nuts")}, files.classes),
+        "weights": weights_figure(
+            {n: spread[n] for n in ("laplace_full", "laplace_refined", "nuts")}, files.classes, _worth_a_look(files)
+        ),
         "trace": trace_figure(*files.traces()),
         "cams": gallery_figure(cam_cases(files)),
     }
@@ -215,6 +223,16 @@ def write_figures(folder: Path) -> list[Path]:
             figure.savefig(temporary, dpi=110, format="png")
         written.append(path)
     return written
+
+
+def _worth_a_look(files: RunFiles) -> dict[str, Chosen]:
+    """The few weights that the report shows, by the reason for it."""
+    draws, (mean, _) = files.nuts_weights, files.centred_weights()["laplace_full"]
+    return {
+        "Largest effect: mean x sd of the feature": largest_effect(draws.mean((0, 1)), files.features, _NUM_WEIGHTS)[0],
+        "Furthest from Laplace to NUTS, in sds": largest_shift(mean, draws, _NUM_WEIGHTS)[0],
+        "Worst mixed in NUTS: largest R-hat": worst_rhat(draws, _NUM_WEIGHTS)[0],
+    }
 
 
 def cam_cases(files: RunFiles) -> list[CasePanels]:

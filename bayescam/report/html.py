@@ -24,6 +24,7 @@ HEADLINES = {
     "nuts": "Neither Gaussian posterior predicts like NUTS here; use NUTS.",
     "undecided": "Nothing can be said about Laplace: NUTS itself has not converged.",
 }
+SPEAKERS = {"laplace": "laplace_full", "refine": "laplace_refined", "nuts": "nuts", "undecided": "map"}
 HEADLINE_METRICS = ("accuracy", "nll", "ece", "brier")
 MORE_METRICS = {
     "accuracy_macro": "accuracy, mean over classes",
@@ -61,6 +62,9 @@ def contents(files: RunFiles) -> dict[str, Any]:
         "verdict": verdict,
         "headline": HEADLINES[verdict],
         "words": files.comparison["words"],
+        "speaker": SPEAKERS[verdict],
+        "plain": files.metrics["intervals"][SPEAKERS[verdict]],
+        "num_weights": files.nuts_weights[0, 0].size,
         "data": files.data,
         "equal": files.data.get("equal_across_splits", []),
         "classes": class_rows(files),

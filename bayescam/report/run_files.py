@@ -73,6 +73,16 @@ class RunFiles:
             found[method] = (weight.mean(("chain", "draw")).values, weight.std(("chain", "draw")).values)
         return found
 
+    @cached_property
+    def nuts_weights(self) -> np.ndarray:
+        """The class-centred draws of NUTS, (C, S, K, D)."""
+        return self.dataset("posterior/nuts.nc", "posterior")["weight_centred"].values
+
+    @cached_property
+    def features(self) -> np.ndarray:
+        """phi of the test images, (N, D)."""
+        return self.dataset("posterior/nuts.nc", "constant_data")["features"].values
+
     def traces(self) -> tuple[np.ndarray, np.ndarray]:
         """lp and energy of NUTS, (C, S)."""
         stats = self.dataset("posterior/nuts.nc", "sample_stats")

@@ -181,7 +181,9 @@ def test_figures_draw_hostile_names_and_plain_numbers():
         risk_coverage_figure({"cnn": probs}, labels),
         confusion_figure(probs, labels, HOSTILE),
         training_figure({"epoch": np.arange(4), **history}),
-        weights_figure({"nuts": (rng.normal(size=(3, 5)), np.ones((3, 5)))}, HOSTILE, num_weights=6),
+        weights_figure(
+            {"nuts": (rng.normal(size=(3, 5)), np.ones((3, 5)))}, HOSTILE, {r"$\bad$": [(0, 1)], "b": [(2, 4), (1, 1)]}
+        ),
         trace_figure(rng.normal(size=(2, 30)), rng.normal(size=(2, 30))),
     ]
     for figure in figures:
