@@ -22,8 +22,8 @@ _SCRATCH = ".scratch"
 _MARKS = (_LOCK, _STAGES, "run.json")  # one of them beside config.toml says that the folder is a run
 WRITTEN = frozenset(
     """config.toml environment.json split.csv data.json backbone.safetensors history.csv features.safetensors posterior
-    predictions.nc metrics.json table.md comparison.json cams.nc seeds.json timings.json figures report.html MODEL_CARD.md
-    run.json
+    predictions.nc metrics.json table.md comparison.json cams.nc seeds.json timings.json figures report.html
+    MODEL_CARD.md run.json
     """.split()
 ) | {_LOCK, _STAGES, _SCRATCH}  # all that a run puts into its folder, and all that --overwrite may remove
 

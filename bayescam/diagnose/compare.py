@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from bayescam.diagnose.calibration import classification_metrics
 from bayescam.diagnose.convergence import Convergence, convergence, probability_convergence
 from bayescam.diagnose.importance import importance
 from bayescam.diagnose.weight_agreement import halves, weight_agreement
+from bayescam.notebook import html_table
 from bayescam.posterior.draws import Draws
 from bayescam.posterior.images import check_images
 from bayescam.posterior.laplace import Laplace
@@ -74,6 +76,15 @@ class Comparison:
 
     def __repr__(self) -> str:
         return f"Comparison(verdict={self.verdict!r}: {self.words})"
+
+    def _repr_html_(self) -> str:
+        shown = ("total_variation", "agreement", "nll_difference", "ece_difference")
+        rows = [
+            (name, *(f"{row[key]:.4f}" if key in row else "–" for key in shown))
+            for name, row in self.predictive.items()
+        ]
+        header = ("against NUTS", "total variation", "same class", "NLL difference", "ECE difference")
+        return f"<p><b>{escape(self.verdict)}</b>: {escape(self.words)}</p>{html_table('', rows, header)}"
 
 
 def compare_posteriors(

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from bayescam.diagnose.arviz_compat import get_dataset, group_names, loo, psis
+from bayescam.notebook import html_table
 
 CAVEAT = (
     "The frozen network was trained on these very images, and leaving one out of the last layer does not take it out "
@@ -59,6 +60,17 @@ class LeaveOneOut:
             f"LeaveOneOut(elpd {self.elpd:.2f}, se {self.se:.2f}, {len(self.elpd_i)} training images, "
             f"{self.num_bad} with k-hat above {self.good_k:.2f}; {kind}. {CAVEAT})"
         )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("elpd, nat", f"{self.elpd:.2f}"),
+            ("standard error", f"{self.se:.2f}"),
+            ("training images", len(self.elpd_i)),
+            (f"k-hat above {self.good_k:.2f}", self.num_bad),
+            ("weights p / q of an approximation", "yes" if self.corrected else "not needed"),
+            ("caveat", CAVEAT),
+        ]
+        return html_table("Leave-one-out", rows)
 
 
 def leave_one_out(idata: Any) -> LeaveOneOut:

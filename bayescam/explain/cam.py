@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bayescam.explain.arguments import check_label, check_maps, check_region, check_threshold
 from bayescam.explain.forms import LinearForms, forms_of, normal_exceedance, normal_quantile
+from bayescam.notebook import html_table
 from bayescam.posterior.covariance import centring
 from bayescam.posterior.draws import Draws
 from bayescam.posterior.laplace import Laplace
@@ -197,6 +198,17 @@ class CamPosterior:
             first = self.select(range(min(self.num_images, 8)))
             share = f", {first.prior_share().mean():.0%} of its variance is only prior"
         return f"CamPosterior(images={self.num_images}, classes={self.num_classes}, cells={h}x{w}, {kind}{share})"
+
+    def _repr_html_(self) -> str:
+        (h, w), kind = self.shape, "draws" if self.forms.is_sampled else "Gaussian"
+        rows = [
+            ("images", self.num_images),
+            ("classes", self.num_classes),
+            ("cells", f"{h} x {w}"),
+            ("posterior", kind),
+            ("maps", "centred over classes" if self.centred else "raw"),
+        ]
+        return html_table("Class activation maps", rows)
 
     def rows(self, indices: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Cells as rows (n, U, D) and whose they are (n,); a bounded number at a time."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bayescam.notebook import html_table
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -57,3 +59,7 @@ class Draws:
     def __repr__(self) -> str:
         c, s, k, d = self.weight.shape
         return f"Draws(chains={c}, draws={s}, classes={k}, features={d}, {self.weight.dtype})"
+
+    def _repr_html_(self) -> str:
+        names = ("chains", "draws", "classes", "features")
+        return html_table("Draws of the last layer", [*zip(names, self.weight.shape, strict=True)])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bayescam import storage
+from bayescam.notebook import html_table
 from bayescam.posterior import predictive
 from bayescam.posterior import refine as refinement
 from bayescam.posterior.covariance import Covariance, DiagCovariance, FullCovariance, KronCovariance
@@ -80,6 +81,18 @@ class Laplace:
             f"images={self.num_train}, prior_precision={self.prior_precision:.4g}, "
             f"log_evidence={self.log_evidence:.2f}{noted})"
         )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("structure", self.structure),
+            ("classes, features", f"{self.num_classes}, {self.num_features}"),
+            ("images fitted to", self.num_train),
+            ("prior precision", f"{self.prior_precision:.4g}"),
+            ("log evidence", f"{self.log_evidence:.2f}"),
+            ("Newton decrement, sds", f"{self.newton_decrement:.2g}"),
+            *(("note", note) for note in self.notes),
+        ]
+        return html_table("Refined Gaussian" if self.refined else "Laplace posterior", rows)
 
     @property
     def structure(self) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bayescam.errors import FileFormatError
+from bayescam.notebook import html_table
 from bayescam.posterior.draws import Draws
 from bayescam.posterior.images import check_images
 from bayescam.posterior.nuts_chain import STATISTICS, Chain, ChainSettings
@@ -95,6 +96,19 @@ class Nuts:
             f"Nuts({chains} chains x {draws} draws, kernel={self.settings.kernel!r}, {steps:.1f} steps a draw, "
             f"{self.num_divergent} divergent, {self.seconds.sum():.1f} s)"
         )
+
+    def _repr_html_(self) -> str:
+        chains, draws = self.stats["lp"].shape
+        rows = [
+            ("kernel", self.settings.kernel),
+            ("chains x draws", f"{chains} x {draws}"),
+            ("gradients, warm-up included", self.num_gradients),
+            ("divergent", self.num_divergent),
+            ("acceptance rate", f"{self.stats['acceptance_rate'].mean():.2f}" if draws else "no draw"),
+            ("prior precision", "fixed" if self.tau is None else "sampled"),
+            ("seconds, all chains", f"{self.seconds.sum():.1f}"),
+        ]
+        return html_table("NUTS" if self.settings.kernel == "nuts" else "HMC", rows)
 
 
 class SamplingInterrupted(KeyboardInterrupt):
