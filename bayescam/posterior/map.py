@@ -23,6 +23,7 @@ from bayescam.posterior.model import negative_log_joint
 
 _LBFGS_EVALUATIONS = 1000
 _LBFGS_TOLERANCE = 0.01
+_FEW_PARAMETERS = 4000
 _NEWTON_STEPS = 30
 _CG_STEPS = 200
 _CG_SHARE = 1e-4
@@ -120,7 +121,8 @@ def find_map(
     """
     whitener = replace(whitener, prior_precision=prior_precision)
     zero = torch.zeros(images.num_classes, images.num_features + 1, dtype=torch.float64, device=images.device)
-    theta = descend(images, whitener, zero if start is None else start, prior_precision, _LBFGS_TOLERANCE)
+    coarse = _LBFGS_TOLERANCE * max(1.0, math.sqrt(zero.numel() / _FEW_PARAMETERS))
+    theta = descend(images, whitener, zero if start is None else start, prior_precision, coarse)
     for _ in range(_NEWTON_STEPS):
         value, gradient = negative_log_joint(theta, images, prior_precision)
         curvature = class_curvature(images, probabilities_at(theta, images))
