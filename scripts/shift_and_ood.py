@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -26,11 +27,14 @@ from bayescam.data.pixels import Pixels
 from bayescam.diagnose.calibration import classification_metrics, entropy, ood_scores
 from bayescam.posterior.laplace import load_laplace
 from bayescam.posterior.nuts import Nuts
+from bayescam.report.style import COLOURS, NAMES, named_ticks, new_figure, plain
 from bayescam.stages.state import GAUSSIANS
-from bayescam.storage import write_text
+from bayescam.storage import atomic_path, write_text
 
 SEVERITIES = (1, 2, 3, 4, 5)
 DROPOUT, PASSES = 0.2, 50
+OTHER_NAMES = {"mc_dropout": "MC dropout", "deep_ensemble": "deep ensemble"}
+OTHERS = ("#8c564b", "#bcbd22")
 
 
 def blur(images, severity, generator):
@@ -91,7 +95,38 @@ def main() -> None:
     outside = phantom_dataset(parsed.unknown, 0, parts=("knee", "foot")).pixels(pixels.images.shape[1])
     unknown = ood(methods, clean, outside.batch(np.arange(len(outside))))
     write_text(parsed.out / "shift_and_ood.json", json.dumps({"shift": table, "ood": unknown}, indent=1))
+    with atomic_path(parsed.out / "shift_and_ood.png") as temporary:
+        draw(table, unknown).savefig(temporary, dpi=130, format="png")
     print(in_words(table, unknown))
+
+
+def draw(table, unknown):
+    """NLL against severity, one panel a corruption, and how well each method tells unknown parts."""
+    names = list(dict.fromkeys(row["method"] for row in table))
+    colours = {name: COLOURS.get(name, other) for name, other in zip(names, itertools.cycle(OTHERS), strict=False)}
+    figure = new_figure(10, 6)
+    panels = figure.subplots(2, 3).ravel()
+    clean = [row for row in table if row["severity"] == 0]
+    for axes, corruption in zip(panels, CORRUPTIONS, strict=False):
+        plain(axes, title=corruption, x="severity", y="NLL, nat")
+        for name in names:
+            found = [
+                row for row in clean + table if row["method"] == name and row["corruption"] in ("none", corruption)
+            ]
+            points = sorted({(row["severity"], row["nll"]) for row in found})
+            line = "--" if name in OTHER_NAMES else "-"
+            title = OTHER_NAMES.get(name) or NAMES.get(name, name)
+            axes.plot(*zip(*points, strict=True), line, marker="o", ms=3, lw=1.3, color=colours[name], label=title)
+        axes.set_ylim(bottom=0)
+    bars = plain(panels[-1], title="Parts never seen, by entropy", x="AUROC", y="")
+    bars.barh(range(len(unknown)), [row["auroc"] for row in unknown], color=[colours[r["method"]] for r in unknown])
+    named_ticks(bars, [OTHER_NAMES.get(r["method"]) or NAMES.get(r["method"], r["method"]) for r in unknown], axis="y")
+    bars.set_xlim(0.5, 1)
+    bars.invert_yaxis()
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False
+    )
+    return figure
 
 
 def load(run: Path, members: int):

@@ -73,7 +73,7 @@ def make_table(folder: Path, seed: int) -> str:
     for name, row in methods.items():
         cost = f"{seconds[name]:.1f}" if name in seconds else "-"
         theirs = STUDY.get(name)
-        right = f"{theirs[0]} | {theirs[1]} | {theirs[2]} | {theirs[3]}" if theirs else "| | | "
+        right = f"{theirs[0]:.3f} | {theirs[1]:.3f} | {theirs[2]:.4f} | {theirs[3]}" if theirs else "- | - | - | -"
         title = NAMES.get(name, "NUTS, tau sampled")
         lines.append(f"| {title} | {row['accuracy']:.3f} | {row['nll']:.4f} | {row['ece']:.4f} | {cost} | {right} |")
     return "\n".join(lines) + "\n"

@@ -42,6 +42,12 @@ def test_the_docstring_says_what_it_is_for(script):
     assert f"scripts/{script.name}" in text, "the docstring shows how to call it"
 
 
+def test_the_readme_names_every_script():
+    text = (REPOSITORY / "scripts/README.md").read_text(encoding="utf-8")
+    for script in SCRIPTS:
+        assert f"`{script.name}`" in text
+
+
 @pytest.mark.slow
 def test_the_experiments_run_small(tmp_path):
     (tmp_path / "settings.toml").write_text(SETTINGS)
@@ -60,3 +66,4 @@ def test_the_experiments_run_small(tmp_path):
     )
     assert "| deep_ensemble |" in printed
     assert "| mc_dropout |" in printed
+    assert (tmp_path / "s/shift_and_ood.png").stat().st_size > 1000
