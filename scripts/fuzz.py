@@ -38,7 +38,7 @@ from fuzzing.mutators import (
     mutate_zip,
 )
 
-HANG_SECONDS = 30
+HANG_SECONDS = 30  # of work; asleep, ten times as long: a machine that is busy elsewhere is no hang
 
 Prepare = Callable[[Path], Callable[[Path], object]]
 READERS: dict[str, tuple[Prepare, list[Mutator]]] = {
@@ -73,7 +73,7 @@ IN_C = ["netcdf"]  # readers that a C library could crash: always in a process o
 
 
 class _Hang(BaseException):
-    """A reader took longer than HANG_SECONDS."""
+    """A reader worked longer than HANG_SECONDS, or slept ten times as long."""
 
 
 def _hang(*_: object) -> None:
@@ -86,6 +86,7 @@ def work(name: str, seed: int, first: int, rounds: int, seconds: float, keep: Pa
 
     outcomes: Counter[str] = Counter()
     signal.signal(signal.SIGALRM, _hang)
+    signal.signal(signal.SIGPROF, _hang)
     with tempfile.TemporaryDirectory() as temporary:
         seeds = Path(temporary) / "seeds"
         seeds.mkdir()
@@ -105,7 +106,8 @@ def work(name: str, seed: int, first: int, rounds: int, seconds: float, keep: Pa
             journal.write_text(str(number))
             case = Path(temporary) / f"case{file.suffix}"
             case.write_bytes(changed)
-            signal.alarm(HANG_SECONDS)
+            signal.alarm(10 * HANG_SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, HANG_SECONDS)
             try:
                 read(case)
                 outcomes["answered"] += 1
@@ -124,6 +126,7 @@ def work(name: str, seed: int, first: int, rounds: int, seconds: float, keep: Pa
                     (keep / f"{name}-{seed}-{number}{file.suffix}").write_bytes(changed)
             finally:
                 signal.alarm(0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
     print(f"{name}: " + (", ".join(f"{count} {what}" for what, count in sorted(outcomes.items())) or "nothing run"))
     return outcomes["BUG"]
 
