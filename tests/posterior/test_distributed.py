@@ -22,7 +22,7 @@ from bayescam.errors import RankError
 from bayescam.parallel import after_first, from_first, rows_on_first, share, shares, together
 
 N, D, K = 101, 5, 4
-SECONDS = 120
+SECONDS = 300
 STRUCTURES = ("full", "kron", "diag")
 NUTS = {"num_chains": 3, "num_samples": 10, "num_warmup": 15, "progress": False}
 
