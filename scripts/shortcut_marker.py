@@ -157,7 +157,7 @@ def draw(models: dict[str, Model], dataset: RadiographDataset, folder: Path) -> 
                 label=int(labels[row]),
                 classes=some.classes,
                 geometry=geometry[row],
-                title=f"P(marker first) = {outranks[row]:.2f}",
+                title=f"marker first: {outranks[row]:.2f}",
             )
             for row in range(len(first))
         ]

@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bayescam.data.pixels import Geometry
 from bayescam.explain.cam import CamPosterior
@@ -161,7 +162,12 @@ def gallery_figure(
     for axis, (colours, norm, text) in zip(bars, named, strict=True):
         axis.set_axis_off()
         bar = figure.colorbar(
-            ScalarMappable(norm, colours), ax=axis, orientation="horizontal", fraction=0.35, aspect=22
+            ScalarMappable(norm, colours),
+            ax=axis,
+            orientation="horizontal",
+            fraction=0.35,
+            aspect=22,
+            ticks=MaxNLocator(4),
         )
         bar.set_label(text, fontsize=8)
         bar.ax.tick_params(labelsize=7)
@@ -200,7 +206,7 @@ def _bar(axis: Axes, colours: str, norm: Normalize, unit: str) -> None:
     axis.set_axis_on()
     axis.set_box_aspect(0.05)
     axis.set_anchor("N")
-    bar = axis.figure.colorbar(ScalarMappable(norm, colours), cax=axis, orientation="horizontal")
+    bar = axis.figure.colorbar(ScalarMappable(norm, colours), cax=axis, orientation="horizontal", ticks=MaxNLocator(5))
     bar.set_label(unit, fontsize=7.5)
     bar.ax.tick_params(labelsize=7)
 
