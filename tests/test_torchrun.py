@@ -19,7 +19,7 @@ import bayescam as bc
 from bayescam.cli import main as bayescam
 from bayescam.storage import load_tensors
 
-SECONDS = 100  # far less than the patience of a rank that waits in vain
+SECONDS = 200  # far less than the patience of a rank that waits in vain
 SETTINGS = """
 [data]
 image_size = 32
@@ -78,7 +78,17 @@ def torchrun(folder: Path, how: str) -> tuple[int, list[str]]:
     """The exit status, and what bayescam itself said on stderr."""
     (folder / "settings.toml").write_text(SETTINGS)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", __file__, how, str(folder / "run")],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            __file__,
+            how,
+            str(folder / "run"),
+        ],
         capture_output=True,
         text=True,
         timeout=SECONDS,
