@@ -17,8 +17,12 @@ from bayescam.storage import load_netcdf, write_text
 _MARKED = 100  # test images of which the report says whether the model looks at the marker
 
 
-def _gallery(predictions: Any, count: int) -> np.ndarray:
-    """Test images worth a look: the surest right of each class in turn, the surest wrong and the most uncertain."""
+def _gallery(predictions: Any, count: int) -> tuple[np.ndarray, dict[str, int]]:
+    """Test images worth a look: the surest right of each class in turn, the surest wrong and the most uncertain.
+
+    Returns:
+        their rows, and how many there are of each kind, in this order.
+    """
     probs = predictions["probs"].values
     right = probs.argmax(1) == predictions["y"].values
     entropy = predictions["entropy"].values
@@ -29,12 +33,19 @@ def _gallery(predictions: Any, count: int) -> np.ndarray:
     for k in range(probs.shape[1]):
         members = probs[best].argmax(1) == k
         turn[members] = np.arange(members.sum())
-    groups = (best[np.argsort(turn, kind="stable")][:third], sure[~right[sure]][:third], sure[::-1])
+    groups = {
+        "surest_right": best[np.argsort(turn, kind="stable")][:third],
+        "surest_wrong": sure[~right[sure]][:third],
+        "most_uncertain": sure[::-1],
+    }
     chosen: list[int] = []
-    for group in groups:
-        room = min(count, len(chosen) + third) if group is not groups[-1] else count
-        chosen += [int(i) for i in group if int(i) not in chosen][: room - len(chosen)]
-    return np.array(chosen)
+    sizes = {}
+    for name, group in groups.items():
+        room = count if name == "most_uncertain" else min(count, len(chosen) + third)
+        new = [int(i) for i in group if int(i) not in chosen][: room - len(chosen)]
+        chosen += new
+        sizes[name] = len(new)
+    return np.array(chosen), sizes
 
 
 def cams(state: RunState) -> None:
@@ -47,11 +58,11 @@ def cams(state: RunState) -> None:
     with folder.stage("cams", ["cams.nc"]):
         method, file = chosen_posterior(folder.path)
         predictions = load_netcdf(folder / "predictions.nc").sel({"method": method})
-        gallery = _gallery(predictions, state.config.explain.num_images)
+        gallery, sizes = _gallery(predictions, state.config.explain.num_images)
         outranks, marker = _marker(state, gallery, predictions["probs"].values.argmax(1), file)
         found = _maps(state, state.rows("test")[gallery], predictions.isel(obs_id=gallery), file)
         found["marker_outranks"] = (("obs_id",), outranks)
-        found.attrs |= {"posterior": method, **marker}
+        found.attrs |= {"posterior": method, **sizes, **marker}
         save_dataset(found, folder / "cams.nc")
 
 
