@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from bayescam.diagnose.compare import MAX_NLL_DIFFERENCE
 from bayescam.diagnose.convergence import Convergence, convergence, energy_fraction
 from bayescam.errors import BayescamError, FileFormatError
 from bayescam.notebook import html_table
@@ -220,4 +221,9 @@ def comparison_checks(comparison: dict[str, Any]) -> list[Check]:
             distance = comparison["predictive"][name]["total_variation"]
             rule = f"at most {limit:.4f} (twice NUTS half against half, at least 0.01)"
             checks.append(Check("comparison", f"total variation, {name} to NUTS", distance, rule, distance <= limit))
+            worse = comparison["predictive"][name].get("nll_difference")
+            if worse is not None:
+                close = abs(worse) <= MAX_NLL_DIFFERENCE
+                rule = f"within {MAX_NLL_DIFFERENCE} of 0"
+                checks.append(Check("comparison", f"NLL, {name} less NUTS", worse, rule, close))
     return checks
