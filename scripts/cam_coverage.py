@@ -10,11 +10,11 @@ truth:
                         model is right, so an exact posterior covers 50, 80 and 95 % on average; what is missing is the
                         approximation's. (Bands from S independent draws cover (S - 1) / (S + 1) of it: 94.6 for 95 %.)
   one head, its labels  labels drawn from one fixed head, the one fitted to all training sets together. The model is
-                        right, the prior is not: what a frequentist asks. That head is a MAP and so shorter than heads
-                        from the prior are, which is towards where every posterior leans: bands may cover more.
+                        right, the prior is not: what a frequentist asks. Bands may cover more or less, according to
+                        where that head lies in the prior.
   retrained             the phantoms' own labels and that same head as the truth; tau by evidence on every set. The
-                        model is only an approximation, as in use: the truth is a fit too, to labels that the features
-                        separate almost, where nothing but the prior bounds it. Nominal coverage is not to be expected.
+                        model is only an approximation, as in use, and the truth is itself a fit. Nominal coverage is
+                        not to be expected.
 
 The diagonal leaves the correlation of the features out, so its bands are too wide or too narrow by turns. Also printed:
 the root mean square error of the maps' means over the sd that the posterior states, 1 where they agree. Intervals are
