@@ -61,7 +61,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists; what is not finite becomes None, as JSON has no word for it."""
-        return _json_safe(
+        return json_safe(
             {
                 "verdict": self.verdict,
                 "words": self.words,
@@ -292,11 +292,12 @@ def _check(
     return phi, truth
 
 
-def _json_safe(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
+    """The same with None for numbers that are not finite, for which JSON has no word."""
     if isinstance(value, dict):
-        return {str(name): _json_safe(inner) for name, inner in value.items()}
+        return {str(name): json_safe(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_safe(inner) for inner in value]
+        return [json_safe(inner) for inner in value]
     if isinstance(value, float | np.floating):
         return float(value) if math.isfinite(value) else None
     return int(value) if isinstance(value, np.integer) else value

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from bayescam.diagnose.compare import MAX_NLL_DIFFERENCE
+from bayescam.diagnose.compare import MAX_NLL_DIFFERENCE, json_safe
 from bayescam.diagnose.convergence import Convergence, convergence, energy_fraction
 from bayescam.errors import BayescamError, FileFormatError
 from bayescam.notebook import html_table
@@ -71,8 +72,8 @@ class Diagnosis:
         return tuple(check for check in self.checks if check.word == "FAIL")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return {"run": self.run, "passed": self.passed, "checks": [asdict(check) for check in self.checks]}
+        """As JSON; a number that is not finite is None."""
+        return json_safe({"run": self.run, "passed": self.passed, "checks": [asdict(check) for check in self.checks]})
 
     def text(self) -> str:
         """In the manner of CmdStan's diagnose."""
@@ -202,11 +203,22 @@ def importance_checks(comparison: dict[str, Any], laplace: Laplace) -> list[Chec
     size = (laplace.num_classes - 1) * (laplace.num_features + 1)
     checks = []
     for name, found in comparison.get("importance", {}).items():
-        khat, kl = float(np.median(found["khat"])), found["kl"] / size
+        # JSON has no word for an infinite k-hat, which weights that rest on one draw have: it stands there as null.
+        khat, kl = (
+            float(np.median([math.inf if value is None else value for value in values]))
+            for values in (found["khat"], [found["kl"]])
+        )
         draws = f"median over {len(found['khat'])} x {found['num_draws']} draws"
         checks += [
             Check(name, f"Pareto k-hat, {draws}", khat, f"below {MAX_KHAT}", khat < MAX_KHAT, decides=False),
-            Check(name, "KL to the posterior, nat a parameter", kl, f"at most {MAX_KL}", kl <= MAX_KL, decides=False),
+            Check(
+                name,
+                "KL to the posterior, nat a parameter",
+                kl / size,
+                f"at most {MAX_KL}",
+                kl / size <= MAX_KL,
+                decides=False,
+            ),
         ]
     return checks
 

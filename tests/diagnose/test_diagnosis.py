@@ -88,6 +88,17 @@ def test_khat_and_kl_are_noted_but_fail_nothing(folder):
     assert "decides nothing" in found.text()
 
 
+def test_an_infinite_khat_is_read_and_written(folder):
+    path = folder / "comparison.json"
+    content = json.loads(path.read_text())
+    content["importance"]["laplace"] |= {"khat": [None, None, 3.0, None], "kl": None}
+    path.write_text(json.dumps(content))
+    found = diagnose_run(folder)
+    assert [check.value for check in found.checks if check.word == "note"] == [float("inf")] * 2
+    assert "inf" in found.text()
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
 def test_a_shifted_mean_is_no_map(fitted):
     features, _, laplace, _ = fitted
     assert all(check.passed is not False for check in laplace_checks("laplace", laplace))
