@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 import resource
 import sys
@@ -53,13 +54,13 @@ def dense_products(phi: Tensor, num_classes: int) -> None:
         torch.mm(phi.T, phi)
 
 
-def laplace_torch(phi: Tensor, labels: Tensor, fit: bc.Laplace, structure: str) -> None:
+def laplace_torch(phi: Tensor, labels: Tensor, fit: bc.Laplace, structure: str, batch: int) -> None:
     with warnings.catch_warnings(action="ignore"):
         from laplace import Laplace
 
         model = torch.nn.Sequential(torch.nn.Identity(), linear(fit))
         peer = Laplace(model, "classification", subset_of_weights="last_layer", hessian_structure=structure)
-        peer.fit(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(phi, labels), batch_size=1024))
+        peer.fit(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(phi, labels), batch_size=batch))
 
 
 def linear(fit: bc.Laplace) -> torch.nn.Linear:
@@ -86,7 +87,7 @@ def pyro_laplace(phi: Tensor, labels: Tensor, fit: bc.Laplace) -> str:
     return ""
 
 
-def compare(num_images: int, width: int, num_classes: int, peers: list[str], repeats: int) -> None:
+def compare(num_images: int, width: int, num_classes: int, peers: list[str], batches: list[int], repeats: int) -> None:
     phi, labels = simulate(num_images, width, num_classes)
     floor = seconds(lambda: dense_products(phi, num_classes), repeats)
     images = check_images(phi, labels)
@@ -105,9 +106,9 @@ def compare(num_images: int, width: int, num_classes: int, peers: list[str], rep
         rows.append((f"ours: {structure}", took, ""))
     for row in rows:
         show(*row, floor=floor, whole=whole)
-    for structure in ("full", "kron", "diag") if "laplace-torch" in peers else ():
-        took = seconds(functools.partial(laplace_torch, phi, labels, fit, structure))
-        show(f"laplace-torch, {structure} (Hessian alone)", took, "", floor=floor, whole=whole)
+    for structure, batch in itertools.product(("full", "kron", "diag"), batches if "laplace-torch" in peers else ()):
+        took = seconds(functools.partial(laplace_torch, phi, labels, fit, structure, batch))
+        show(f"laplace-torch, {structure} (Hessian alone)", took, f"in batches of {batch}", floor=floor, whole=whole)
     if "pyro" in peers:
         ended: list[str] = []
         took = seconds(lambda: ended.append(pyro_laplace(phi, labels, fit)))
@@ -152,12 +153,13 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=7)
     parser.add_argument("--width", type=int, nargs="*", default=[128, 512])
     parser.add_argument("--peers", nargs="*", choices=["laplace-torch", "pyro"], default=["laplace-torch", "pyro"])
+    parser.add_argument("--batch", type=int, nargs="*", default=[1024], help="images a batch of laplace-torch")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--exponents", action="store_true", help="fit time against N, D and K")
     parser.add_argument("--many", action="store_true", help="1,000 classes at width 2,048, kron and diag")
     parsed = parser.parse_args()
     for width in parsed.width:
-        compare(parsed.images, width, parsed.classes, parsed.peers, parsed.repeats)
+        compare(parsed.images, width, parsed.classes, parsed.peers, parsed.batch, parsed.repeats)
     if parsed.exponents:
         exponents(parsed.repeats)
     if parsed.many:
