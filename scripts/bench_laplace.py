@@ -87,7 +87,9 @@ def pyro_laplace(phi: Tensor, labels: Tensor, fit: bc.Laplace) -> str:
     return ""
 
 
-def compare(num_images: int, width: int, num_classes: int, peers: list[str], batches: list[int], repeats: int) -> None:
+def compare(
+    num_images: int, width: int, num_classes: int, peers: list[str], batches: list[int], repeats: int, refine: bool
+) -> None:
     phi, labels = simulate(num_images, width, num_classes)
     floor = seconds(lambda: dense_products(phi, num_classes), repeats)
     images = check_images(phi, labels)
@@ -104,6 +106,10 @@ def compare(num_images: int, width: int, num_classes: int, peers: list[str], bat
             functools.partial(bc.fit_laplace, phi, labels, prior_precision=1.0, structure=structure), repeats
         )
         rows.append((f"ours: {structure}", took, ""))
+    if refine:
+        found = fit.refine(phi, labels).refinement
+        ended = f"{found.curvatures} Hessians, ELBO {found.elbo[-1]:.3f}, converged: {found.converged}"
+        rows.append(("ours: refine, after the fit", seconds(functools.partial(fit.refine, phi, labels)), ended))
     for row in rows:
         show(*row, floor=floor, whole=whole)
     for structure, batch in itertools.product(("full", "kron", "diag"), batches if "laplace-torch" in peers else ()):
@@ -154,12 +160,13 @@ def main() -> None:
     parser.add_argument("--width", type=int, nargs="*", default=[128, 512])
     parser.add_argument("--peers", nargs="*", choices=["laplace-torch", "pyro"], default=["laplace-torch", "pyro"])
     parser.add_argument("--batch", type=int, nargs="*", default=[1024], help="images a batch of laplace-torch")
+    parser.add_argument("--refine", action="store_true", help="also the Gaussian nearest in KL(q || posterior)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--exponents", action="store_true", help="fit time against N, D and K")
     parser.add_argument("--many", action="store_true", help="1,000 classes at width 2,048, kron and diag")
     parsed = parser.parse_args()
     for width in parsed.width:
-        compare(parsed.images, width, parsed.classes, parsed.peers, parsed.batch, parsed.repeats)
+        compare(parsed.images, width, parsed.classes, parsed.peers, parsed.batch, parsed.repeats, parsed.refine)
     if parsed.exponents:
         exponents(parsed.repeats)
     if parsed.many:

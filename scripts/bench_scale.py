@@ -184,6 +184,7 @@ def devices(folder: Path) -> None:
 
 
 def main() -> None:
+    """Print what the options ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true", help="the cost model, its check and the plan for 10^9 images")
     parser.add_argument(

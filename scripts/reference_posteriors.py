@@ -89,6 +89,7 @@ def lag_one(values: np.ndarray) -> float:
 
 
 def reference(name: str) -> dict[str, object]:
+    """Means, sds and their errors of one member of the family, from a long thinned run."""
     recipe, tau = FAMILY[name]
     features, labels = data(name)
     refined = fit_laplace(features, labels, prior_precision=tau).refine(features, labels)

@@ -33,6 +33,7 @@ STUDY = {
 
 
 def main() -> None:
+    """Run, tabulate, write ``table1.md``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="phantom")
     parser.add_argument("--root")
@@ -58,6 +59,7 @@ def main() -> None:
 
 
 def make_table(folder: Path, seed: int) -> str:
+    """Table 1 of a complete run, the study's numbers beside, as Markdown."""
     metrics = json.loads((folder / "metrics.json").read_text())
     seconds = json.loads((folder / "posterior/fit_seconds.json").read_text())
     seconds["nuts"] = json.loads((folder / "timings.json").read_text())["stages"]["nuts"]["seconds"]

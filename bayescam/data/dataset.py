@@ -62,19 +62,15 @@ class Source(Protocol):
 
     def image(self, record: Radiograph) -> np.ndarray:
         """float32 (H, W) in [0, 1]."""
-        ...
 
     def masks(self, record: Radiograph) -> dict[str, np.ndarray]:
         """bool (H, W) each; empty where there are none."""
-        ...
 
     def key(self, record: Radiograph) -> str:
         """A digest of what the image is: the same key, the same pixels."""
-        ...
 
     def recipe(self) -> dict[str, Any] | None:
         """What a worker process makes this source from; None where only this process can."""
-        ...
 
 
 class FileSource:
@@ -90,6 +86,7 @@ class FileSource:
         return {name: read_image(path) > 0.5 for name, path in record.masks.items()}
 
     def key(self, record: Radiograph) -> str:
+        """SHA-256 of the file's content, read anew where its size, time or inode changed."""
         path = _path(record)
         try:
             found = os.stat(path)

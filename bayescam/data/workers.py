@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,50 +45,62 @@ def draw_in_processes(
         ImageError: an image that cannot be read.
         WorkerError: a worker ended early; the message has its last words.
     """
-    geometries: list[Geometry | None] = [None] * len(images)
-    running: list[subprocess.Popen[str]] = []
-    lock, stopping = threading.Lock(), threading.Event()
     with (
         tqdm(total=len(images), desc=description, unit="image", disable=None if description else True) as bar,
         ThreadPoolExecutor(num_workers) as pool,
     ):
-
-        def watch(first: int) -> str | None:
-            rows = list(range(first, len(images), num_workers))
-            job = {"recipe": recipe, "rows": rows, "images": [images[i] for i in rows], "size": size}
-            with tempfile.TemporaryFile("w+", encoding="utf-8") as order, tempfile.TemporaryFile("w+") as said:
-                json.dump({**job, "target": str(target)}, order)
-                order.seek(0)
-                if stopping.is_set():
-                    return None
-                with _start(order, said) as process:
-                    running.append(process)
-                    assert process.stdout is not None
-                    for line in process.stdout:
-                        said_of = json.loads(line)
-                        if isinstance(said_of, dict):
-                            raise ImageError(said_of["path"], said_of["reason"])
-                        row, *numbers = said_of
-                        geometries[row] = Geometry(*numbers)
-                        with lock:
-                            bar.update()
-                if process.returncode == 0:
-                    return None
-                said.seek(0)
-                words = said.read().strip().splitlines()
-                return words[-1] if words else f"status {process.returncode}; perhaps killed for memory"
-
+        work = _Work([None] * len(images), bar)
+        jobs = []
         try:
-            jobs = [pool.submit(watch, first) for first in range(num_workers)]
+            for first in range(num_workers):
+                rows = list(range(first, len(images), num_workers))
+                told = {"recipe": recipe, "rows": rows, "images": [images[i] for i in rows], "size": size}
+                jobs.append(pool.submit(_watch, work, {**told, "target": str(target)}))
             failures = [words for job in jobs if (words := job.result()) is not None]
         except BaseException:
-            stopping.set()
-            for process in running:
+            work.stopping.set()
+            for process in work.running:
                 process.kill()
             raise
     if failures:
         raise WorkerError(f"a process that makes images ended early ({failures[0]}); --num-workers 1 does without any")
-    return [geometry for geometry in geometries if geometry is not None]
+    return [geometry for geometry in work.geometries if geometry is not None]
+
+
+@dataclass(eq=False)
+class _Work:
+    """What the threads share that each watch one worker."""
+
+    geometries: list[Geometry | None]
+    bar: tqdm
+    running: list[subprocess.Popen[str]] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+
+def _watch(work: _Work, job: dict[str, Any]) -> str | None:
+    """Give one worker its job and take its geometries; its last words if it ended early."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as order, tempfile.TemporaryFile("w+") as said:
+        json.dump(job, order)
+        order.seek(0)
+        if work.stopping.is_set():
+            return None
+        with _start(order, said) as process:
+            work.running.append(process)
+            assert process.stdout is not None
+            for line in process.stdout:
+                told = json.loads(line)
+                if isinstance(told, dict):
+                    raise ImageError(told["path"], told["reason"])
+                row, *numbers = told
+                work.geometries[row] = Geometry(*numbers)
+                with work.lock:
+                    work.bar.update()
+        if process.returncode == 0:
+            return None
+        said.seek(0)
+        words = said.read().strip().splitlines()
+        return words[-1] if words else f"status {process.returncode}; perhaps killed for memory"
 
 
 def _start(order: Any, said: Any) -> subprocess.Popen[str]:

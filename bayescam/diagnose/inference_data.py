@@ -366,6 +366,7 @@ def _attributes(posterior: Laplace | Nuts | Draws, seed: int) -> dict[str, str |
         attrs |= {
             "inference_method": posterior.settings.kernel,
             "max_tree_depth": posterior.settings.max_tree_depth,
+            "class_weighted": int(posterior.class_weights is not None),
             "sampling_time": float(posterior.seconds.sum()),
             "num_divergent": posterior.num_divergent,
         }

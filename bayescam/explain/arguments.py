@@ -39,6 +39,12 @@ def check_region(region: Tensor, num_images: int, shape: tuple[int, int], name: 
 
 
 def check_maps(maps: Tensor) -> None:
+    """Refuse what are no feature maps (N, D, h, w) of finite numbers.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: another shape, no cell, or a number that is not finite.
+    """
     if not isinstance(maps, Tensor) or not maps.is_floating_point():
         raise TypeError(f"maps must be a floating-point tensor (N, D, h, w), got {type(maps).__name__}")
     if maps.dim() != 4 or 0 in maps.shape[1:]:

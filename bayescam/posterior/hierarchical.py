@@ -65,6 +65,7 @@ class HierarchicalPotential:
         return self._linear / precision + z * precision.rsqrt(), precision
 
     def value_and_gradient(self, z: Tensor) -> tuple[float, Tensor]:
+        """U(z) and dU/dz, (M+1,): the whitened weights, then the standardised log tau."""
         shape, rate = self.tau_prior
         inner, tau = z[:-1], self._tau(z[-1])
         coordinates, precision = self._coordinates(inner, tau)

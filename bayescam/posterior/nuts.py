@@ -42,6 +42,7 @@ class Nuts:
         warmup_steps: gradients that each chain's warm-up took, (C,).
         seconds: wall time of each chain, (C,).
         settings: kernel, lengths, seed.
+        class_weights: of a generalised likelihood, (K,), else None.
     """
 
     draws: Draws
@@ -50,6 +51,7 @@ class Nuts:
     warmup_steps: np.ndarray
     seconds: np.ndarray
     settings: ChainSettings
+    class_weights: Tensor | None = None
 
     @property
     def num_divergent(self) -> int:
@@ -67,6 +69,8 @@ class Nuts:
         tensors |= {"warmup_steps": torch.from_numpy(self.warmup_steps), "seconds": torch.from_numpy(self.seconds)}
         if self.tau is not None:
             tensors["tau"] = self.tau
+        if self.class_weights is not None:
+            tensors["class_weights"] = self.class_weights
         save_tensors(Path(path), tensors, {"kind": "nuts", "settings": asdict(self.settings)})
 
     @classmethod
@@ -85,6 +89,7 @@ class Nuts:
                 tensors["warmup_steps"].numpy(),
                 tensors["seconds"].numpy(),
                 ChainSettings(**metadata["settings"]),
+                tensors.get("class_weights"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"{path}: not a whole NUTS run ({error}); sample again") from error
@@ -212,6 +217,7 @@ def _gather(chains: Sequence[Chain], settings: ChainSettings, laplace: Laplace, 
         np.array([chain.warmup_steps for chain in chains]),
         np.array([chain.seconds for chain in chains]),
         settings,
+        laplace.class_weights,
     )
 
 

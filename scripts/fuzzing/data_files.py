@@ -5,6 +5,7 @@ A reader also looks at what came out: a picture lies in [0, 1], nothing leads ou
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
@@ -82,10 +83,8 @@ def _check_dataset(dataset: object, root: Path) -> None:
     assert len(set(dataset.obs_ids)) == len(dataset)
     assert all(record.path.is_relative_to(root) for record in dataset.records)
     assert 0 <= dataset.labels.min() <= dataset.labels.max() < len(dataset.classes)
-    try:
+    with contextlib.suppress(SplitError):
         split_by_patient(dataset, seed=0)
-    except SplitError:
-        pass
 
 
 def _table(folder: Path, name: str, text: str, places: list[str]) -> Reader:
@@ -146,14 +145,12 @@ def _plant(root: Path, line: bytes, number: int) -> None:
         os.fsdecode(piece[:255]) for piece in line.split(b"/") if piece not in (b"", b".", b"..") and b"\0" not in piece
     ]
     place = root.joinpath(*pieces[:20])
-    try:
+    with contextlib.suppress(OSError):
         if line.endswith(b"/"):
             place.mkdir(parents=True, exist_ok=True)
         elif not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(b"%d" % number)
-    except OSError:
-        pass
 
 
 def folder_layout(folder: Path) -> Reader:

@@ -34,7 +34,7 @@ def _train(problem, checkpoint=None, *, seed=0, epochs=3, learning_rate=3e-3, st
     settings = TrainingSettings(epochs=epochs, batch_size=16, learning_rate=learning_rate)
 
     class Stop(Exception):
-        pass
+        """What a killed process would have been."""
 
     def train():
         return train_backbone(

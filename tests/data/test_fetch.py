@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import tarfile
@@ -44,11 +45,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/endless":
             self.send_response(200)
             self.end_headers()
-            try:
+            with contextlib.suppress(OSError):  # until the client hangs up
                 while True:
                     self.wfile.write(bytes(2**16))
-            except OSError:
-                pass
         elif self.path == "/cut":
             self.send_response(200)
             self.send_header("Content-Length", str(len(CONTENT)))
@@ -63,7 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(404)
 
     def log_message(self, *args):
-        pass
+        """Say nothing."""
 
 
 @pytest.fixture(scope="module")

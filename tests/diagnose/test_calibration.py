@@ -30,14 +30,6 @@ from bayescam.diagnose.calibration import (
 from bayescam.posterior.draws import Draws
 
 
-@pytest.fixture
-def problem():
-    rng = np.random.default_rng(0)
-    probs = rng.dirichlet(np.full(5, 0.6), size=400)
-    labels = np.array([rng.choice(5, p=p) for p in probs])
-    return probs, labels
-
-
 def test_metrics_equal_the_libraries_that_have_them(problem):
     probs, labels = problem
     found = classification_metrics(probs, labels)

@@ -18,14 +18,6 @@ from bayescam.diagnose.calibration import (
 from bayescam.diagnose.intervals import METRICS, equal_mass, metrics_with_intervals
 
 
-@pytest.fixture
-def problem():
-    rng = np.random.default_rng(0)
-    probs = rng.dirichlet(np.full(5, 0.6), size=400)
-    labels = np.array([rng.choice(5, p=p) for p in probs])
-    return probs, labels
-
-
 def test_values_are_the_libraries_where_they_have_them(problem):
     probs, labels = problem
     found = metrics_with_intervals(probs, labels, np.arange(400), num_resamples=50)

@@ -84,7 +84,7 @@ def test_the_caveat_is_said(problem):
     assert found.se == pytest.approx(np.sqrt(N * found.elpd_i.var()))
 
 
-def test_test_images_cannot_be_left_out(problem):
+def test_neither_test_images_nor_weighted_ones_are_left_out(problem, tmp_path):
     features, labels, laplace = problem
     with pytest.raises(ValueError, match="no log_likelihood of training images"):
         bc.leave_one_out(bc.to_inference_data(laplace, features, labels, num_samples=20))
@@ -93,6 +93,12 @@ def test_test_images_cannot_be_left_out(problem):
     weighted = bc.fit_laplace(features, labels, prior_precision=TAU, class_weights=torch.tensor([1.0, 2.0]))
     with pytest.raises(ValueError, match="class weights"):
         bc.leave_one_out(_export(weighted, problem, num_samples=20))
+    nuts = bc.sample_nuts(
+        weighted, features, labels, num_chains=1, num_samples=20, num_warmup=20, max_tree_depth=3, progress=False
+    )
+    nuts.save(tmp_path / "nuts.safetensors")
+    with pytest.raises(ValueError, match="class weights"):
+        bc.leave_one_out(_export(bc.Nuts.load(tmp_path / "nuts.safetensors"), problem))
 
 
 def test_arviz_compares_them(problem):
