@@ -236,8 +236,8 @@ class KronCovariance(_Movable):
 
     def solve(self, gradient: Tensor) -> Tensor:
         """Sigma g for the part of g that likelihoods see; g (K, D+1) with rows summing to zero -> (K, D+1)."""
-        rotated = self.class_vectors.T @ gradient @ self.feature_vectors
-        return self.class_vectors @ (rotated / self.eigenvalues) @ self.feature_vectors.T
+        rotated = self.class_vectors.T @ gradient.to(self.class_vectors) @ self.feature_vectors
+        return (self.class_vectors @ (rotated / self.eigenvalues) @ self.feature_vectors.T).to(gradient)
 
     def class_variance(self, x: Tensor) -> Tensor:
         """Variances of V^T f, which are independent: x (..., D+1) -> (..., K-1)."""

@@ -23,8 +23,9 @@ from bayescam.posterior.covariance import DiagCovariance, FullCovariance, KronCo
 from bayescam.posterior.images import TrainingImages, augment
 
 _SKIPPED_SHARE = 1e-6
+_DOUBLINGS = 10
 _GRAM_ROWS = 8192
-_STRIP = 96
+_STRIP = 128
 Probabilities = Callable[[slice, Tensor], Tensor]
 
 
@@ -82,16 +83,27 @@ def pair_grams(images: TrainingImages, pair_weights: Callable[[slice, Tensor], T
             direction = torch.nn.functional.normalize(rows.mean(0), dim=0)
         keep = _kept(rows, weights, direction) if images.dtype == torch.float32 else None
         for pair, weight in enumerate(weights.sqrt().T):
-            chosen = slice(None) if keep is None else keep[:, pair].nonzero().squeeze(-1)
-            grams[pair] += weighted_gram(rows[chosen] * weight[chosen, None])
+            if keep is None:
+                grams[pair] += weighted_gram(rows * weight[:, None])
+            else:
+                chosen = keep[:, pair].nonzero().squeeze(-1)
+                weighted = rows.index_select(0, chosen).mul_(weight.index_select(0, chosen)[:, None])
+                grams[pair] += weighted_gram(weighted)
     return _mirror(images.total(grams))
 
 
 def _kept(rows: Tensor, weights: Tensor, direction: Tensor) -> Tensor:
-    """Which images count for which pair, (n, pairs): all but those whose norms sum to at most 1e-6 of the block's."""
+    """Which images count for which pair, (n, pairs): all but small ones whose norms sum to at most 1e-6 of the block's.
+
+    The limit below which an image is left out starts at its even share of that and doubles while the sum allows it.
+    """
     share = weights * rows.square().sum(-1, keepdim=True)
-    norm = (weights * (rows @ direction).square()[:, None]).sum(0)
-    return share > _SKIPPED_SHARE * norm / len(rows)
+    allowed = _SKIPPED_SHARE * (weights * (rows @ direction).square()[:, None]).sum(0)
+    limit = allowed / len(rows)
+    for _ in range(_DOUBLINGS):
+        left_out = share.masked_fill(share > 2 * limit, 0).sum(0)
+        limit = torch.where(left_out <= allowed, 2 * limit, limit)
+    return share > limit
 
 
 def _mirror(lower: Tensor) -> Tensor:
@@ -121,13 +133,10 @@ def contrast_hessian(grams: Tensor, num_classes: int) -> Tensor:
     a, b = torch.triu_indices(num_classes, num_classes, 1, device=grams.device)
     contrast = basis[a] - basis[b]
     width, count = grams.shape[-1], num_classes - 1
+    i, j = torch.tril_indices(count, count, device=grams.device)
+    blocks = (contrast[:, i] * contrast[:, j]).T @ grams.flatten(1)
     hessian = grams.new_empty(count, width, count, width)
-    for i in range(count):
-        for j in range(i + 1):
-            coefficient = contrast[:, i] * contrast[:, j]
-            used = coefficient.nonzero().squeeze(-1)
-            hessian[i, :, j] = torch.tensordot(coefficient[used], grams[used], dims=1)
-            hessian[j, :, i] = hessian[i, :, j]
+    hessian[i, :, j] = hessian[j, :, i] = blocks.unflatten(1, (width, width))
     return hessian.reshape(count * width, count * width)
 
 

@@ -1,8 +1,9 @@
-"""The MAP of the last layer: a convex problem, solved by L-BFGS in coordinates whitened by the Kronecker curvature."""
+"""The MAP of the last layer: a convex problem, solved by L-BFGS preconditioned by the Kronecker curvature."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +29,7 @@ _NEWTON_STEPS = 30
 _CG_STEPS = 200
 _CG_SHARE = 1e-4
 _CG_TOLERANCE = 0.2
+_FLOAT32_SPREAD = 1e4
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +50,7 @@ class MapEstimate:
 
 
 def whitening(images: TrainingImages) -> KronCovariance:
-    """The Kronecker curvature at theta = 0, Lambda_n = (I - 11^T/K) / K, with tau = 1: the solver's coordinates."""
+    """The Kronecker curvature at theta = 0, Lambda_n = (I - 11^T/K) / K, with tau = 1: the solver's metric."""
     gram, k = feature_gram(images), images.num_classes
     return kron_covariance(gram, centring(k, like=gram) / k, 1.0, 1.0)
 
@@ -56,19 +58,46 @@ def whitening(images: TrainingImages) -> KronCovariance:
 def descend(
     images: TrainingImages, whitener: KronCovariance, start: Tensor, prior_precision: float, tolerance: float
 ) -> Tensor:
-    """L-BFGS from ``start`` until the whitened gradient is below ``tolerance``; theta (K, D+1).
+    """L-BFGS from ``start``, preconditioned by ``whitener``, until sqrt(g . Sigma g) is below ``tolerance``; (K, D+1).
 
-    In z with theta = V (z / sqrt(b a + tau)) U^T the Hessian is near the identity, so that a few dozen
-    evaluations do.
+    In the coordinates of the Kronecker curvature the Hessian is near the identity, so that a few dozen evaluations do.
     """
+    solve = origin_solver(whitener)
 
-    def objective(z: Tensor) -> tuple[float, Tensor]:
-        value, gradient = negative_log_joint(start + whitener.unwhiten(z), images, prior_precision)
-        return float(value), whitener.whiten_gradient(gradient)
+    def objective(theta: Tensor) -> tuple[float, Tensor]:
+        value, gradient = negative_log_joint(theta.view_as(start), images, prior_precision)
+        return float(value), gradient.flatten()
 
-    origin = torch.zeros(whitener.eigenvalues.numel()).to(start)
-    found = minimise(objective, origin, near=lambda norm: norm < tolerance, evaluations=_LBFGS_EVALUATIONS)
-    return start + whitener.unwhiten(found)
+    found = minimise(
+        objective,
+        start.flatten(),
+        precondition=lambda gradient: solve(gradient.view_as(start)).flatten(),
+        near=lambda norm: norm < tolerance,
+        evaluations=_LBFGS_EVALUATIONS,
+    )
+    return found.view_as(start)
+
+
+def origin_solver(whitener: KronCovariance) -> Callable[[Tensor], Tensor]:
+    """g (K, D+1) -> Sigma g for the curvature at theta = 0: all contrasts have the same one, so one product does.
+
+    Sigma g = C g (b A + tau I)^-1, C centring over the classes.
+    """
+    values, vectors = whitener.eigenvalues[0], whitener.feature_vectors
+    inverse = ((vectors / values) @ vectors.T).to(_product_type(whitener.eigenvalues))
+    return lambda gradient: _centred((gradient.to(inverse) @ inverse).to(gradient))
+
+
+def _centred(theta: Tensor) -> Tensor:
+    """Without the shift common to all classes, (K, D+1): at the mode there is none."""
+    return theta - theta.mean(0)
+
+
+def _product_type(eigenvalues: Tensor) -> torch.dtype:
+    """The type in which a preconditioner may be applied: float32 where its rounding, some 1e-7 of its largest value,
+    stays small beside its smallest."""
+    spread = float(eigenvalues.max() / eigenvalues.min())
+    return torch.float32 if spread < _FLOAT32_SPREAD else torch.float64
 
 
 def newton_direction(
@@ -78,8 +107,9 @@ def newton_direction(
 
     Solved until the squared decrement's last increment is below 1e-4 of it, or below (tolerance / 5)^2.
     """
+    low = whitener.to(_product_type(whitener.eigenvalues))
     step, residual = torch.zeros_like(gradient), gradient.clone()
-    solved = whitener.solve(residual)
+    solved = low.solve(residual)
     direction, squared, rho = solved, 0.0, float((residual * solved).sum())
     for _ in range(_CG_STEPS):
         if rho <= 0.0:
@@ -89,12 +119,12 @@ def newton_direction(
         step += length * direction
         residual -= length * product
         squared += length * rho
-        solved = whitener.solve(residual)
+        solved = low.solve(residual)
         rho, previous = float((residual * solved).sum()), rho
         if length * rho < max(_CG_SHARE * squared, (_CG_TOLERANCE * tolerance) ** 2):
             break
         direction = solved + (rho / previous) * direction
-    return step, math.sqrt(squared)
+    return _centred(step), math.sqrt(squared)
 
 
 def find_map(
@@ -112,7 +142,7 @@ def find_map(
     Args:
         images: the training images.
         prior_precision: tau.
-        whitener: the coordinates to solve in, from ``whitening``; its prior precision is replaced.
+        whitener: the metric to solve in, from ``whitening``; its prior precision is replaced.
         start: theta to begin at, (K, D+1); zero without it.
         tolerance: on the Newton decrement.
 

@@ -31,6 +31,26 @@ def test_finds_scipys_minimum():
     assert float(objective(found)[1].norm()) < 1e-6
 
 
+def test_preconditioning_walks_as_in_whitened_coordinates():
+    """With P = R R^T and z = R^-1 x the iterates are R times those of z -> f(R z) without one."""
+    objective, root = convex(), torch.randn(40, 40, dtype=torch.float64) / 6 + torch.eye(40, dtype=torch.float64)
+    start = torch.ones(40, dtype=torch.float64)
+
+    def whitened(z):
+        value, gradient = objective(root @ z)
+        return value, root.T @ gradient
+
+    norms = {"whitened": [], "preconditioned": []}
+
+    def near(name):
+        return lambda norm: norms[name].append(norm) or False
+
+    minimise(whitened, torch.linalg.solve(root, start), near=near("whitened"), evaluations=40)
+    minimise(objective, start, precondition=lambda g: root @ (root.T @ g), near=near("preconditioned"), evaluations=40)
+    assert len(norms["whitened"]) > 20
+    np.testing.assert_allclose(norms["preconditioned"][:20], norms["whitened"][:20], rtol=1e-6)
+
+
 def test_stops_where_it_is_near_and_after_its_evaluations():
     objective, calls = convex(), []
 
