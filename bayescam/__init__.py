@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bayescam.backbone.network import Backbone, Features
     from bayescam.data.dataset import RadiographDataset, open_dataset
     from bayescam.data.image import ImageError, read_image
+    from bayescam.diagnose.arviz_compat import summary
     from bayescam.diagnose.compare import Comparison, compare_posteriors
     from bayescam.diagnose.inference_data import to_inference_data
     from bayescam.diagnose.loo import leave_one_out
@@ -48,6 +49,7 @@ _HOME = {
     "predict_proba": "bayescam.posterior.predictive",
     "CamPosterior": "bayescam.explain.cam",
     "to_inference_data": "bayescam.diagnose.inference_data",
+    "summary": "bayescam.diagnose.arviz_compat",
     "leave_one_out": "bayescam.diagnose.loo",
     "Comparison": "bayescam.diagnose.compare",
     "compare_posteriors": "bayescam.diagnose.compare",
@@ -75,6 +77,7 @@ __all__ = [
     "predict_proba",
     "read_image",
     "sample_nuts",
+    "summary",
     "to_inference_data",
 ]
 

@@ -57,15 +57,39 @@ def _dataset(draws: np.ndarray) -> xr.Dataset:
     return xr.Dataset({"x": (dims, values)})
 
 
-def summary(idata: Any, var_names: list[str] | None = None, **options: Any) -> Any:
-    """``az.summary`` of InferenceData or a DataTree, as a pandas DataFrame.
+def summary(
+    idata: Any,
+    var_names: list[str] | str | None = None,
+    *,
+    group: str = "posterior",
+    coords: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """``az.summary`` of what ``to_inference_data`` returns, on every version of ArviZ.
 
-    ArviZ 1.x stacks the rows of its summary along a dimension that it calls "label", and so refuses data that have a
-    dimension of that name, as ours do; here ours gets another name on the way in.
+    ArviZ 1.x stacks the rows of its table along a dimension that it calls "label", a name that nothing in it changes,
+    and so refuses data that have a dimension of that name, as ours do: here ours has another name on the way through.
+
+    Args:
+        idata: InferenceData, a DataTree, or one Dataset of it.
+        var_names: which variables, for instance "bias_centred"; all by default.
+        group: where they are.
+        coords: which of their entries, for instance {"label": ["hand"], "feature": [0, 1]}.
+        options: whatever else the installed ``az.summary`` takes (kind, fmt, round_to, filter_vars, ...).
+
+    Returns:
+        a pandas DataFrame, or a Dataset where fmt is "xarray".
     """
-    if _IS_TREE:
-        idata = get_dataset(idata, "posterior").rename(label="label_")
-    return az.summary(idata, var_names=var_names, **options)
+    dataset = idata if isinstance(idata, xr.Dataset) else get_dataset(idata, group)
+    away = {"label": "label_"} if _IS_TREE and "label" in dataset.dims else {}
+    back = {new: old for old, new in away.items()}
+    if coords is not None:
+        options["coords"] = {away.get(name, name): chosen for name, chosen in coords.items()}
+    names = [var_names] if isinstance(var_names, str) else var_names
+    table = az.summary(dataset.rename(away), var_names=names, **options)
+    if isinstance(table, xr.Dataset):
+        return table.rename(back)
+    return table.rename(columns=back) if "label_" in table.columns else table
 
 
 def bfmi(idata: Any) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 
 import bayescam as bc
-from bayescam.diagnose.arviz_compat import bfmi, get_dataset, group_names, summary
+from bayescam.diagnose.arviz_compat import bfmi, get_dataset, group_names
 from bayescam.diagnose.convergence import energy_fraction
 from bayescam.diagnose.inference_data import load, log_density, save
 from bayescam.posterior.images import check_images
@@ -121,7 +121,7 @@ def test_netcdf_round_trip_and_arviz_itself(problem, tmp_path):
             xr.testing.assert_allclose(get_dataset(again, group), get_dataset(data, group))
         assert set(group_names(az.from_netcdf(str(path)))) == set(group_names(data))
     read = az.from_netcdf(str(tmp_path / "1.nc"))
-    table = summary(read, var_names=["bias_centred"])
+    table = bc.summary(read, var_names=["bias_centred"])
     assert list(table.index) == [f"bias_centred[{name}]" for name in CLASSES]
     chains = get_dataset(read, "sample_stats")["energy"].values
     np.testing.assert_allclose(bfmi(read), energy_fraction(chains), rtol=2 / chains.shape[1])
