@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import csr_array
 
 METRICS = {
     "accuracy": "share of images whose most probable class is right",
@@ -27,11 +28,21 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Interval:
-    """A number of the sample and the quantiles of it under resampling."""
+    """A number of the sample and the quantiles of it under resampling; ``f"{one:.3f}"`` is "0.904 [0.885, 0.923]"."""
 
     value: float
     low: float
     high: float
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+def interval(values: np.ndarray, level: float = 0.9) -> Interval:
+    """The first of (1 + R,) values, the sample's, and the percentile interval of the others, the resamples'."""
+    tail = (1 - level) / 2
+    low, high = np.nanquantile(values[1:], [tail, 1 - tail])
+    return Interval(float(values[0]), float(low), float(high))
 
 
 def metrics_with_intervals(
@@ -46,30 +57,89 @@ def metrics_with_intervals(
 ) -> dict[str, Interval]:
     """``METRICS`` and "accuracy[k]" of each class that has images, with percentile intervals over whole patients.
 
-    Bins of equal mass and the 80 % surest are those of the sample, in every resample. A resample without an image of
-    class k leaves that class out.
+    Args:
+        level: of the intervals; the others as in ``resampled_metrics``.
+    """
+    found = resampled_metrics(probs, labels, groups, num_resamples=num_resamples, num_bins=num_bins, seed=seed)
+    return {name: interval(values, level) for name, values in found.items() if np.isfinite(values[0])}
+
+
+def resampled_metrics(
+    probs: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    *,
+    num_resamples: int = 1000,
+    num_bins: int = 15,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """``METRICS`` and "accuracy[k]" of the sample and then of each resample of whole patients, (1 + R,) each.
+
+    The same groups and seed draw the same patients, so that methods, or the same images changed, are compared pair by
+    pair. Bins of equal mass and the 80 % surest are those of the sample, in every resample. A resample without an image
+    of class k leaves that class out.
 
     Args:
         probs: (N, K).
         labels: (N,).
         groups: (N,) names of patients; equal names stay together.
-        level: of the intervals.
-        num_resamples: bootstrap draws.
+        num_resamples: R, bootstrap draws.
         num_bins: of both ECEs and of the Brier decomposition.
         seed: of the draws.
     """
-    names, member = np.unique(groups, return_inverse=True)
+    member, weights = _resamples(groups, num_resamples, np.random.default_rng(seed))
+    return _evaluate(probs, labels, member, weights, num_bins)
+
+
+def ood_with_intervals(
+    inside: np.ndarray,
+    outside: np.ndarray,
+    inside_groups: np.ndarray,
+    outside_groups: np.ndarray,
+    *,
+    level: float = 0.9,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """``calibration.ood_scores`` with percentile intervals: the patients of either side are drawn by themselves.
+
+    With the scores in order, AUROC = sum_u out(u) (in(< u) + in(u) / 2) / (N M) over the different scores u, where in
+    and out count the images of a resample; FPR95 = in(>= t) / N at the lower 5 % quantile t of the outside ones.
+
+    Args:
+        inside: uncertainty of images like the training images, (N,).
+        outside: of others, (M,).
+        inside_groups, outside_groups: (N,), (M,) names of patients.
+        level: of the intervals.
+        num_resamples: bootstrap draws.
+        seed: of the draws.
+    """
+    different, place = np.unique(np.concatenate([inside, outside]), return_inverse=True)
     rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=num_resamples)
-    weights = np.concatenate([np.ones((1, len(names))), counts.astype(float)])
-    found = _evaluate(probs, labels, member, weights, num_bins)
-    tail = (1 - level) / 2
-    result = {}
-    for name, values in found.items():
-        if np.isfinite(values[0]):
-            low, high = np.nanquantile(values[1:], [tail, 1 - tail])
-            result[name] = Interval(float(values[0]), float(low), float(high))
-    return result
+    known, unknown = (
+        _counts(groups, places, len(different), num_resamples, rng)
+        for groups, places in ((inside_groups, place[: len(inside)]), (outside_groups, place[len(inside) :]))
+    )
+    num_known, num_unknown = known.sum(1), unknown.sum(1)
+    below = known.cumsum(1) - known
+    auroc = (unknown * (below + known / 2)).sum(1) / (num_known * num_unknown)
+    reached = unknown.cumsum(1) > np.floor(0.05 * (num_unknown - 1))[:, None]
+    flagged = num_known - below[np.arange(len(below)), reached.argmax(1)]
+    return {"auroc": interval(auroc, level), "fpr95": interval(flagged / num_known, level)}
+
+
+def _counts(groups: np.ndarray, places: np.ndarray, size: int, num: int, rng: np.random.Generator) -> np.ndarray:
+    """How many images of the sample and of each resample have each score, (1 + R, size)."""
+    member, weights = _resamples(groups, num, rng)
+    cells = csr_array((np.ones(len(places)), (member, places)), shape=(weights.shape[1], size))
+    return weights @ cells
+
+
+def _resamples(groups: np.ndarray, num: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Whose each image is, (N,), and how often each patient counts: once, then as drawn, (1 + R, G)."""
+    names, member = np.unique(groups, return_inverse=True)
+    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=num)
+    return member, np.concatenate([np.ones((1, len(names))), drawn.astype(float)])
 
 
 def _evaluate(

@@ -12,10 +12,19 @@ from bayescam.diagnose.calibration import (
     brier_decomposition,
     classification_metrics,
     equal_mass_ece,
+    ood_scores,
     per_class,
     risk_coverage,
 )
-from bayescam.diagnose.intervals import METRICS, equal_mass, metrics_with_intervals
+from bayescam.diagnose.intervals import (
+    METRICS,
+    Interval,
+    equal_mass,
+    interval,
+    metrics_with_intervals,
+    ood_with_intervals,
+    resampled_metrics,
+)
 
 
 def test_values_are_the_libraries_where_they_have_them(problem):
@@ -82,3 +91,40 @@ def test_a_class_without_images_has_no_accuracy(problem):
     assert found["accuracy_macro"].value == pytest.approx(
         np.mean([found[f"accuracy[{k}]"].value for k in (0, 1, 2, 4)])
     )
+
+
+def test_the_same_patients_are_drawn_for_every_method(problem):
+    probs, labels = problem
+    groups = np.repeat(np.arange(100), 4)
+    one, other = (resampled_metrics(p, labels, groups, num_resamples=20) for p in (probs, probs[:, ::-1]))
+    both = resampled_metrics(np.tile(probs, (2, 1)), np.tile(labels, 2), np.tile(groups, 2), num_resamples=20)
+    np.testing.assert_allclose(both["nll"], one["nll"])
+    np.testing.assert_array_equal(one["brier_uncertainty"], other["brier_uncertainty"])
+    assert metrics_with_intervals(probs, labels, groups, num_resamples=20)["nll"] == interval(one["nll"])
+
+
+def test_an_interval_prints_its_three_numbers():
+    assert f"{Interval(0.9044, 0.885, 0.9231):.3f}" == "0.904 [0.885, 0.923]"
+
+
+def test_ood_intervals_equal_a_loop_over_resamples():
+    rng = np.random.default_rng(5)
+    inside, outside = rng.normal(size=60).round(1), rng.normal(1.0, size=40).round(1)
+    inside_groups, outside_groups = np.arange(60) // 3, np.array([f"p{i // 2}" for i in range(40)])
+    found = ood_with_intervals(inside, outside, inside_groups, outside_groups, num_resamples=200, seed=2)
+    again = np.random.default_rng(2)
+    known, unknown = (again.multinomial(20, np.full(20, 0.05), size=200) for _ in range(2))
+    order = np.unique(outside_groups, return_inverse=True)[1]
+    loop = [
+        ood_scores(np.repeat(inside, a[inside_groups]), np.repeat(outside, b[order]))
+        for a, b in zip(known, unknown, strict=True)
+    ]
+    for name, value in ood_scores(inside, outside).items():
+        assert found[name].value == pytest.approx(value)
+        expected = np.quantile([row[name] for row in loop], [0.05, 0.95])
+        np.testing.assert_allclose([found[name].low, found[name].high], expected, rtol=1e-12)
+
+
+def test_ood_of_images_told_apart_entirely():
+    found = ood_with_intervals(np.arange(5.0), np.arange(5.0, 9.0), np.arange(5), np.arange(4), num_resamples=20)
+    assert (found["auroc"], found["fpr95"]) == (Interval(1, 1, 1), Interval(0, 0, 0))
