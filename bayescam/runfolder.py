@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -263,6 +264,13 @@ def sweep(path: Path) -> None:
     """Remove the temporaries of a process that was killed."""
     for leftover in [entry for entry in path.rglob(".*") if is_partial(entry)]:
         leftover.unlink()
+
+
+def read_split(path: Path) -> tuple[list[str], list[str]]:
+    """Each image's split, and whose it is (itself, where no patient is named), from ``split.csv`` of a run."""
+    with (path / "split.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return [row["split"] for row in rows], [row["patient"] or row["obs_id"] for row in rows]
 
 
 def _read_stages(path: Path) -> dict[str, dict[str, Any]]:

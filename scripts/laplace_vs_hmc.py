@@ -2,23 +2,25 @@
 
     python scripts/laplace_vs_hmc.py --run runs/phantom-... --out laplace_vs_hmc/
 
-Uses the cached features of a complete run; NUTS on every point is the line that the others are held to. Takes a minute
-or two.
+Uses the cached features of a complete run; NUTS on every point is the line that the others are held to. Every number
+has its 90 % bootstrap interval over the test patients. Takes a few minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import bayescam as bc
-from bayescam.diagnose.calibration import classification_metrics
+from bayescam.diagnose.intervals import Interval, metrics_with_intervals
+from bayescam.explain.localise import bootstrap_mean
 from bayescam.report.style import COLOURS, NAMES, new_figure, plain
+from bayescam.runfolder import read_split
 from bayescam.storage import atomic_path, load_tensors, write_text
 
 METHODS = ("map", "laplace_diag", "laplace_kron", "laplace_full", "laplace_refined", "nuts")
@@ -35,8 +37,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parsed = parser.parse_args()
     tensors, _ = load_tensors(parsed.run / "features.safetensors", kind="features")
-    with (parsed.run / "split.csv").open(encoding="utf-8", newline="") as stream:
-        split = np.array([row["split"] for row in csv.DictReader(stream)])
+    split, patients = map(np.array, read_split(parsed.run))
+    patients = patients[split == "test"]
     train, test = ((tensors["features"][split == p], tensors["labels"][split == p]) for p in ("train", "test"))
     order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(parsed.seed))
     k = int(tensors["labels"].max()) + 1
@@ -44,15 +46,16 @@ def main() -> None:
     for size in sorted({min(size, len(order)) for size in parsed.sizes}):
         part = tuple(values[order[:size]] for values in train)
         for tau in parsed.taus:
-            rows += [{"n": size, "tau": tau, **row} for row in measure(part, test, tau, k, parsed.samples, parsed.seed)]
+            found = measure(part, test, patients, tau, k, parsed.samples, parsed.seed)
+            rows += [{"n": size, "tau": tau, **row} for row in found]
             print_rows(rows[-len(METHODS) :])
-    write_text(parsed.out / "laplace_vs_hmc.json", json.dumps(rows, indent=1))
+    write_text(parsed.out / "laplace_vs_hmc.json", json.dumps(rows, indent=1, default=asdict))
     with atomic_path(parsed.out / "laplace_vs_hmc.png") as temporary:
         draw(rows).savefig(temporary, dpi=130, format="png")
     print(f"wrote {parsed.out}")
 
 
-def measure(train, test, tau, num_classes, num_samples, seed):
+def measure(train, test, patients, tau, num_classes, num_samples, seed):
     """One row a method on one training set at one tau."""
     fit = {
         name: bc.fit_laplace(*train, num_classes=num_classes, prior_precision=tau, structure=name.split("_")[1])
@@ -63,14 +66,15 @@ def measure(train, test, tau, num_classes, num_samples, seed):
     probs = {name: gaussian.predict_proba(test[0]) for name, gaussian in fit.items()}
     probs["map"] = torch.softmax(fit["laplace_full"].map_logits(test[0]), 1)
     probs["nuts"] = bc.predict_proba(nuts.draws, test[0]).double()
-    return [
-        {
-            "method": name,
-            "tv": float(0.5 * (probs[name] - probs["nuts"]).abs().sum(1).mean()),
-            **classification_metrics(probs[name], test[1]),
-        }
-        for name in METHODS
-    ]
+    rows = []
+    for name in METHODS:
+        away = 0.5 * (probs[name] - probs["nuts"]).abs().sum(1).numpy()
+        tv = Interval(float(away.mean()), *bootstrap_mean(away, patients, 0.9))
+        found = metrics_with_intervals(probs[name].numpy(), test[1].numpy(), patients)
+        rows.append(
+            {"method": name, "tv": tv, **{metric: found[metric] for metric in ("accuracy", "nll", "ece", "brier")}}
+        )
+    return rows
 
 
 def print_rows(rows) -> None:
@@ -87,9 +91,13 @@ def draw(rows):
         for axes, (measure_name, words) in zip(line, MEASURES.items(), strict=True):
             plain(axes, title=f"n = {n}", x="prior precision tau", y=words)
             for name in METHODS:
-                points = [(row["tau"], row[measure_name]) for row in rows if row["n"] == n and row["method"] == name]
+                own = [row for row in rows if row["n"] == n and row["method"] == name]
+                taus, found = [row["tau"] for row in own], [row[measure_name] for row in own]
                 width = 2.5 if name == "nuts" else 1.2
-                axes.plot(*zip(*points, strict=True), "o-", ms=3, lw=width, color=COLOURS[name], label=NAMES[name])
+                axes.plot(
+                    taus, [one.value for one in found], "o-", ms=3, lw=width, color=COLOURS[name], label=NAMES[name]
+                )
+                axes.vlines(taus, [one.low for one in found], [one.high for one in found], color=COLOURS[name], lw=0.8)
             axes.set_xscale("log")
             axes.set_ylim(bottom=0)
     handles, labels = axes.get_legend_handles_labels()

@@ -14,12 +14,15 @@ import json
 import time
 from pathlib import Path
 
-from bayescam.diagnose.calibration import classification_metrics
+import numpy as np
+
+from bayescam.diagnose.intervals import Interval, metrics_with_intervals
 from bayescam.pipeline import run
 from bayescam.posterior.laplace import load_laplace
 from bayescam.posterior.nuts import sample_nuts
 from bayescam.posterior.predictive import predict_proba
 from bayescam.report.style import NAMES
+from bayescam.runfolder import read_split
 from bayescam.stages.state import GAUSSIANS
 from bayescam.storage import load_tensors, write_text
 
@@ -63,10 +66,13 @@ def make_table(folder: Path, seed: int) -> str:
     metrics = json.loads((folder / "metrics.json").read_text())
     seconds = json.loads((folder / "posterior/fit_seconds.json").read_text())
     seconds["nuts"] = json.loads((folder / "timings.json").read_text())["stages"]["nuts"]["seconds"]
-    methods = dict(metrics["methods"])
-    methods["nuts_hierarchical"], seconds["nuts_hierarchical"] = hierarchical(folder, seed)
+    methods = {
+        name: {metric: Interval(**one) for metric, one in row.items()} for name, row in metrics["intervals"].items()
+    }
+    methods["nuts_hierarchical"], seconds["nuts_hierarchical"] = hierarchical(folder, seed, metrics["interval_level"])
     lines = [
-        f"{metrics['num_train']} training, {metrics['num_test']} test images; tau = {metrics['prior_precision']:.3g}.",
+        f"{metrics['num_train']} training, {metrics['num_test']} test images; tau = {metrics['prior_precision']:.3g}. "
+        f"In brackets the {metrics['interval_level']:.0%} bootstrap interval over patients.",
         "Right: the study on MURA, whose prior was tuned on the test set.",
         "",
         "| method | accuracy | NLL | ECE | fit and tuning, s | study: accuracy | NLL | ECE | fit + tuning |",
@@ -81,26 +87,19 @@ def make_table(folder: Path, seed: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def hierarchical(folder: Path, seed: int) -> tuple[dict[str, float], float]:
+def hierarchical(folder: Path, seed: int, level: float) -> tuple[dict[str, Interval], float]:
     """Metrics and seconds of NUTS with tau ~ Gamma(1, rate 0.1) sampled with the weights."""
     tensors, _ = load_tensors(folder / "features.safetensors", kind="features")
-    parts = split_rows(folder)
-    features, labels = tensors["features"], tensors["labels"]
+    split, patients = map(np.array, read_split(folder))
+    (features, labels), (phi, truth) = (
+        (tensors["features"][split == part], tensors["labels"][split == part]) for part in ("train", "test")
+    )
     laplace = load_laplace(folder / GAUSSIANS["laplace_refined"])
     begun = time.perf_counter()
-    nuts = sample_nuts(laplace, features[parts["train"]], labels[parts["train"]], tau_prior="gamma", seed=seed)
+    nuts = sample_nuts(laplace, features, labels, tau_prior="gamma", seed=seed)
     seconds = time.perf_counter() - begun
-    return classification_metrics(predict_proba(nuts.draws, features[parts["test"]]), labels[parts["test"]]), seconds
-
-
-def split_rows(folder: Path) -> dict[str, list[int]]:
-    import csv
-
-    rows: dict[str, list[int]] = {"train": [], "valid": [], "test": []}
-    with (folder / "split.csv").open(encoding="utf-8", newline="") as stream:
-        for i, row in enumerate(csv.DictReader(stream)):
-            rows[row["split"]].append(i)
-    return rows
+    probs = predict_proba(nuts.draws, phi).double().numpy()
+    return metrics_with_intervals(probs, truth.numpy(), patients[split == "test"], level=level), seconds
 
 
 if __name__ == "__main__":

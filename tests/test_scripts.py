@@ -64,6 +64,6 @@ def test_the_experiments_run_small(tmp_path):
     printed = _run(
         "shift_and_ood.py", "--run", run, "--out", tmp_path / "s", "--members", 1, "--unknown", 12, "--limit", 20
     )
-    assert "| deep_ensemble |" in printed
-    assert "| mc_dropout |" in printed
+    assert "| deep ensemble |" in printed
+    assert "| MC dropout |" in printed
     assert (tmp_path / "s/shift_and_ood.png").stat().st_size > 1000

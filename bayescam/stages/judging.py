@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bayescam.backbone.network import Features
+from bayescam.diagnose.intervals import Interval, metrics_with_intervals
 from bayescam.posterior.predictive import predict_proba
 from bayescam.posterior.temperature import fit_temperature
 from bayescam.stages.state import METHODS, RunState
@@ -52,11 +53,11 @@ def predict(state: RunState) -> None:
     with folder.stage("predict", ["predictions.nc", "metrics.json", "table.md"]):
         probabilities = _probabilities(state, part)
         save_dataset(_predictions(state, part, probabilities), folder / "predictions.nc")
-        methods = {name: classification_metrics(probs, part.labels) for name, probs in probabilities.items()}
+        intervals = _intervals(state, part, probabilities)
         metrics = {
-            "methods": methods,
+            "methods": {name: classification_metrics(p, part.labels) for name, p in probabilities.items()},
             "interval_level": INTERVAL_LEVEL,
-            "intervals": _intervals(state, part, probabilities),
+            "intervals": {name: {m: asdict(one) for m, one in row.items()} for name, row in intervals.items()},
             "num_test": len(part.labels),
             "num_train": len(state.rows("train")),
             "num_valid": len(state.rows("valid")),
@@ -65,24 +66,22 @@ def predict(state: RunState) -> None:
             "log_evidence": state.gaussians["laplace_full"].log_evidence,
         }
         write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
-        write_text(folder / "table.md", _table(methods, len(part.labels)))
+        write_text(folder / "table.md", _table(intervals, len(part.labels)))
 
 
-def _intervals(state: RunState, part: Features, probabilities: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+def _intervals(state: RunState, part: Features, probabilities: dict[str, Tensor]) -> dict[str, dict[str, Interval]]:
     """Every metric of every method with its bootstrap interval over patients; see ``diagnose.intervals.METRICS``."""
-    from bayescam.diagnose.intervals import metrics_with_intervals
-
     groups = np.array([state.patients[i] or part.ids[n] for n, i in enumerate(state.rows("test"))])
-    found = {}
-    for name, probs in probabilities.items():
-        rows = metrics_with_intervals(probs.numpy(), part.labels.numpy(), groups, level=INTERVAL_LEVEL)
-        found[name] = {metric: asdict(interval) for metric, interval in rows.items()}
-    return found
+    return {
+        name: metrics_with_intervals(probs.numpy(), part.labels.numpy(), groups, level=INTERVAL_LEVEL)
+        for name, probs in probabilities.items()
+    }
 
 
-def _table(methods: dict[str, dict[str, Any]], num_test: int) -> str:
+def _table(methods: dict[str, dict[str, Interval]], num_test: int) -> str:
     lines = [
-        f"Test split, {num_test} images. ECE: 15 bins of equal width. NLL in nats, lower is better.",
+        f"Test split, {num_test} images; in brackets the {INTERVAL_LEVEL:.0%} bootstrap interval over patients. ECE: 15"
+        " bins of equal width. NLL in nats, lower is better.",
         "",
         "| method | accuracy | NLL | ECE | Brier |",
         "|---|---|---|---|---|",

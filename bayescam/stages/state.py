@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from bayescam.errors import UsageError
 from bayescam.parallel import after_first, from_first, rank, share
 from bayescam.posterior.laplace import Laplace, load_laplace
 from bayescam.posterior.nuts import Nuts
-from bayescam.runfolder import RunFolder
+from bayescam.runfolder import RunFolder, read_split
 from bayescam.storage import load_tensors, printable, read_json
 
 if TYPE_CHECKING:
@@ -84,8 +83,7 @@ class RunState:
 
     @cached_property
     def split(self) -> np.ndarray:
-        with (self.folder / "split.csv").open(encoding="utf-8", newline="") as stream:
-            return np.array([row["split"] for row in csv.DictReader(stream)])
+        return np.array(read_split(self.folder.path)[0])
 
     @cached_property
     def patients(self) -> list[str]:
