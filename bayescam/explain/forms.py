@@ -259,9 +259,7 @@ def symmetric_root(covariance: Tensor) -> Tensor:
 
 
 def _factor(covariance: FullCovariance, direction: Tensor) -> Tensor:
-    eye = torch.eye(covariance.num_features + 1).to(covariance.precision_cholesky)
-    direction = direction.to(eye)
-    factor, info = torch.linalg.cholesky_ex(covariance.bilinear(direction, direction, eye, eye))
+    factor, info = torch.linalg.cholesky_ex(covariance.between(direction, direction))
     if int(info):
         raise NotPositiveDefiniteError(
             f"the covariance along class direction {[round(a, 3) for a in direction.tolist()]} is not positive "

@@ -95,10 +95,15 @@ class FullCovariance(_Movable):
     @cached_property
     def inverse_cholesky(self) -> Tensor:
         """L^-1 seen as (M, K-1, D+1); it is lower triangular, so columns of contrast j start at row j(D+1)."""
-        factor = self.precision_cholesky
-        eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-        inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
-        return inverse.unflatten(1, (self.num_classes - 1, self.num_features + 1))
+        factor, width = self.precision_cholesky, self.num_features + 1
+        inverse = torch.zeros_like(factor)
+        for start in range(0, len(factor), width):
+            inverse[start:, start : start + width].diagonal().fill_(1)
+            columns = slice(start, start + width)
+            inverse[start:, columns] = torch.linalg.solve_triangular(
+                factor[start:, start:], inverse[start:, columns], upper=False
+            )
+        return inverse.unflatten(1, (self.num_classes - 1, width))
 
     def whiten(self, z: Tensor, mean: Tensor | float = 0.0) -> Tensor:
         """eta = mean + L^-T z for standard normal z; z and eta (..., M)."""
@@ -106,13 +111,24 @@ class FullCovariance(_Movable):
 
     def bilinear(self, a: Tensor, b: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """x Sigma(a, b) y^T with Sigma(a, b) = sum_kl a_k b_l Sigma_kl; x (..., M, D+1), y (..., M2, D+1)."""
-        a, b, x, y = (value.to(self.precision_cholesky) for value in (a, b, x, y))
-        left = torch.einsum("mje,j->me", self.inverse_cholesky, a @ self.basis)
-        right = left if a is b else torch.einsum("mje,j->me", self.inverse_cholesky, b @ self.basis)
+        between = self.between(a, b)
+        return x.to(between) @ between @ y.to(between).mT
+
+    def between(self, a: Tensor, b: Tensor) -> Tensor:
+        """Sigma(a, b) = Cov(a^T theta, b^T theta) of two directions over the classes, (K,) each: (D+1, D+1)."""
+        left = self._whitened(a)
+        found = left.T @ (left if a is b else self._whitened(b))
         shift = a.sum() * b.sum() / (self.num_classes * self.prior_precision)
-        between = left.T @ right
-        between.diagonal().add_(shift)
-        return x @ between @ y.mT
+        found.diagonal().add_(shift)
+        return found
+
+    def _whitened(self, direction: Tensor) -> Tensor:
+        """W (M, D+1) with W^T W = Sigma(a, a), the shift apart, of a = direction (K,)."""
+        inverse, width = self.inverse_cholesky, self.num_features + 1
+        found = inverse.new_zeros(len(inverse), width)
+        for j, share in enumerate(direction.to(self.basis) @ self.basis):
+            found[j * width :].addcmul_(inverse[j * width :, j], share)
+        return found
 
     def contrast_covariance(self, x: Tensor) -> Tensor:
         """Covariance of Q^T f at each row: x (..., D+1) -> (..., K-1, K-1)."""
@@ -166,8 +182,9 @@ class FullCovariance(_Movable):
 
     def diagonal(self) -> Tensor:
         """The variances of [weight, bias], (K, D+1)."""
-        variances = [torch.einsum("mje,j->me", self.inverse_cholesky, row).square().sum(0) for row in self.basis]
-        return torch.stack(variances) + 1.0 / (self.num_classes * self.prior_precision)
+        classes = torch.eye(self.num_classes).to(self.precision_cholesky)
+        variances = torch.stack([self._whitened(one).square_().sum(0) for one in classes])
+        return variances + 1.0 / (self.num_classes * self.prior_precision)
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Zero-mean draws of [weight, bias]: (S, K, D+1)."""
