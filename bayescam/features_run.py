@@ -18,11 +18,14 @@ from bayescam.runfolder import RunFolder, clear, locked, recorded, refuse_foreig
 from bayescam.storage import is_partial, printable, read_json, sha256_of, write_text
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from bayescam.data.feature_table import FeatureTable
     from bayescam.diagnose.compare import Comparison
     from bayescam.posterior.laplace import Laplace
     from bayescam.posterior.nuts import Nuts
 
+_LEVEL = 0.9
 _SETTINGS = "settings.json"
 _WRITTEN = """settings.json metrics.json comparison.json diagnostics.json table.md timings.json posterior run.json .lock
     .scratch""".split()
@@ -63,7 +66,8 @@ def add_parser(commands: Any) -> None:
         "--features",
         type=Path,
         required=True,
-        help=".npz with features, labels (and test_features, test_labels), or .csv whose last column is the label",
+        help=".npz with features, labels (and test_features, test_labels; patients, test_patients), or .csv whose last "
+        "column is the label (and one column named patient); named patients are held out and resampled whole",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of the split and the draws (default: 0)")
@@ -292,6 +296,7 @@ def _metrics(table: FeatureTable, gaussians: dict[str, Laplace], chains: dict[st
     import torch
 
     from bayescam.diagnose.calibration import classification_metrics
+    from bayescam.diagnose.intervals import metrics_with_intervals
     from bayescam.posterior.predictive import predict_proba
 
     full = gaussians["laplace_full"]
@@ -299,10 +304,16 @@ def _metrics(table: FeatureTable, gaussians: dict[str, Laplace], chains: dict[st
     proba = {"map": torch.softmax(phi @ full.weight_mean.T + full.bias_mean, 1)}
     proba |= {name: gaussian.predict_proba(phi) for name, gaussian in gaussians.items()}
     proba |= {name: predict_proba(run.draws, phi) for name, run in chains.items()}
+    found = {name: probs.double().numpy() for name, probs in proba.items()}
+    intervals = {
+        name: metrics_with_intervals(probs, table.test_labels, _drawn_together(table), level=_LEVEL)
+        for name, probs in found.items()
+    }
     return {
-        "methods": {
-            name: classification_metrics(probs.double().numpy(), table.test_labels) for name, probs in proba.items()
-        },
+        "methods": {name: classification_metrics(probs, table.test_labels) for name, probs in found.items()},
+        "interval_level": _LEVEL,
+        "resampled": "rows" if table.test_patients is None else "patients",
+        "intervals": {name: {metric: asdict(one) for metric, one in row.items()} for name, row in intervals.items()},
         "num_train": len(table.labels),
         "num_test": len(table.test_labels),
         "num_features": table.features.shape[1],
@@ -311,6 +322,11 @@ def _metrics(table: FeatureTable, gaussians: dict[str, Laplace], chains: dict[st
         "log_evidence": full.log_evidence,
         "notes": list(full.notes),
     }
+
+
+def _drawn_together(table: FeatureTable) -> np.ndarray:
+    """What the bootstrap draws whole: the patients, or each row by itself where the file names none."""
+    return table.test_rows if table.test_patients is None else table.test_patients
 
 
 def _compare(table: FeatureTable, gaussians: dict[str, Laplace], nuts: Nuts) -> Comparison:
@@ -382,13 +398,18 @@ def _diagnostics(chains: dict[str, Nuts], comparison: Comparison) -> dict[str, A
 
 
 def _markdown(metrics: dict[str, Any]) -> str:
+    from bayescam.diagnose.intervals import Interval
+
     lines = [
         f"{metrics['num_train']} rows to train, {metrics['num_test']} to test, {metrics['num_features']} features, "
-        f"{len(metrics['classes'])} classes, prior precision {metrics['prior_precision']:.4g}.",
+        f"{len(metrics['classes'])} classes, prior precision {metrics['prior_precision']:.4g}. In brackets the "
+        f"{metrics['interval_level']:.0%} bootstrap interval over {metrics['resampled']}"
+        + (", as the file names no patients." if metrics["resampled"] == "rows" else "."),
         "",
         "| method | accuracy | NLL | ECE | Brier |",
         "|---|---|---|---|---|",
     ]
-    for name, row in metrics["methods"].items():
+    for name, found in metrics["intervals"].items():
+        row = {metric: Interval(**one) for metric, one in found.items()}
         lines.append(f"| {name} | {row['accuracy']:.3f} | {row['nll']:.4f} | {row['ece']:.4f} | {row['brier']:.4f} |")
     return "\n".join(lines) + "\n"

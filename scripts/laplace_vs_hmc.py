@@ -24,7 +24,7 @@ from bayescam.runfolder import read_split
 from bayescam.storage import atomic_path, load_tensors, write_text
 
 METHODS = ("map", "laplace_diag", "laplace_kron", "laplace_full", "laplace_refined", "nuts")
-MEASURES = {"tv": "mean total variation to NUTS", "nll": "NLL, nat", "ece": "ECE, 15 bins"}
+MEASURES = {"tv": "total variation to NUTS", "nll": "NLL, nat", "ece": "ECE, 15 bins"}
 
 
 def main() -> None:

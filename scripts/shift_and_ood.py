@@ -115,9 +115,9 @@ def draw(table, unknown):
     panels = figure.subplots(2, 3).ravel()
     for axes, corruption in zip(panels, CORRUPTIONS, strict=False):
         plain(axes, title=corruption, x="severity", y="NLL, nat")
-        for name in names:
+        for place, name in enumerate(names):
             found = [row for row in table if row["method"] == name and row["corruption"] in ("none", corruption)]
-            severity = [row["severity"] for row in found]
+            severity = [row["severity"] + 0.05 * (place - (len(names) - 1) / 2) for row in found]
             nll = [interval(row["nll"]) for row in found]
             line, colour = "--" if name in OTHER_NAMES else "-", colours[name]
             axes.plot(
@@ -125,9 +125,7 @@ def draw(table, unknown):
             )
             axes.vlines(severity, [one.low for one in nll], [one.high for one in nll], color=colour, lw=0.8)
         axes.set_ylim(bottom=0)
-    axes = plain(
-        panels[-1], title="Parts never seen: AUROC of the entropy (o)\nand of the mutual information (x)", x="", y=""
-    )
+    axes = plain(panels[-1], title="Parts never seen: AUROC", x="dot: by entropy; cross: by mutual information", y="")
     for row in unknown:
         place = names.index(row["method"]) + (0.15 if row["score"] == "entropy" else -0.15)
         one, mark = row["auroc"], "o" if row["score"] == "entropy" else "x"

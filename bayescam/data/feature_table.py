@@ -26,6 +26,7 @@ class FeatureTable:
         labels, test_labels: (N,), (M,) int64.
         classes: what each label was called in the file.
         rows, test_rows: where each row stood in the file's arrays.
+        test_patients: whose each test row is, (M,); None where the file does not say.
     """
 
     features: np.ndarray
@@ -35,6 +36,7 @@ class FeatureTable:
     classes: tuple[str, ...]
     rows: np.ndarray
     test_rows: np.ndarray
+    test_patients: np.ndarray | None = None
 
 
 def read_features(path: Path, *, seed: int) -> FeatureTable:
@@ -43,6 +45,8 @@ def read_features(path: Path, *, seed: int) -> FeatureTable:
     .npz: arrays ``features`` (N, D), ``labels`` (N,), and both or none of ``test_features``, ``test_labels``.
     .csv: one row an image, numbers, the label in the last column; a first line of names is recognised. Labels may be
     any whole numbers or words; they are counted 0..K-1 in sorted order.
+    Where the file says whose each row is (arrays ``patients`` and, beside test arrays, ``test_patients``; a column
+    named patient), patients are held out whole.
 
     Raises:
         FileFormatError: the file is absent or broken, or holds what cannot be features and labels; it names the place.
@@ -80,6 +84,8 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             raise FileFormatError(f"{path}: has no array {name!r} (it holds {held}); save features= and labels=")
     if ("test_features" in arrays) != ("test_labels" in arrays):
         raise FileFormatError(f"{path}: holds one of test_features and test_labels; give both or none")
+    if "test_features" in arrays and ("patients" in arrays) != ("test_patients" in arrays):
+        raise FileFormatError(f"{path}: holds one of patients and test_patients; give both or none")
     return arrays
 
 
@@ -89,22 +95,27 @@ def _read_csv(path: Path) -> dict[str, np.ndarray]:
             rows = [row for row in csv.reader(stream) if row]
     except csv.Error as error:
         raise FileFormatError(f"{path}: is not a CSV file ({error}); save it again as such") from error
+    patient = None
     if rows and not all(_is_number(cell) for cell in rows[0][:-1]):
+        header = [cell.strip().lower() for cell in rows[0][:-1]]
+        patient = header.index("patient") if "patient" in header else None
         rows = rows[1:]
     if not rows:
         raise FileFormatError(f"{path}: has no row of numbers")
     width = len(rows[0])
-    if width < 2:
+    if width < 2 + (patient is not None):
         raise FileFormatError(f"{path}: has one column; give the features and, last, the label")
-    features = np.empty((len(rows), width - 1))
     for i, row in enumerate(rows):
         if len(row) != width:
             raise FileFormatError(f"{path}: data row {i + 1} has {len(row)} columns, not {width}")
+    owners = {} if patient is None else {"patients": np.array([row.pop(patient).strip() for row in rows])}
+    features = np.empty((len(rows), len(rows[0]) - 1))
+    for i, row in enumerate(rows):
         try:
             features[i] = [float(cell) for cell in row[:-1]]
         except ValueError as error:
             raise FileFormatError(f"{path}: data row {i + 1}: {printable(str(error))}") from error
-    return {"features": features, "labels": np.array([row[-1].strip() for row in rows])}
+    return {"features": features, "labels": np.array([row[-1].strip() for row in rows]), **owners}
 
 
 def _is_number(cell: str) -> bool:
@@ -132,13 +143,35 @@ def _table(path: Path, arrays: dict[str, np.ndarray], seed: int) -> FeatureTable
     number = {name: k for k, name in enumerate(classes)}
     labels = np.array([number[name] for name in names.tolist()])
     words = tuple(printable(str(name)) for name in classes)
+    patients, test_patients = _owners(path, arrays, "", len(labels)), _owners(path, arrays, "test_", len(test_names))
     if given:
+        _check_apart(path, patients, test_patients)
         test_labels = np.array([number[name] for name in test_names.tolist()])
         rows, test_rows = np.arange(len(labels)), np.arange(len(test_labels))
-        return FeatureTable(features, labels, test_features, test_labels, words, rows, test_rows)
-    held = _held_out(path, labels, words, seed)
+        return FeatureTable(features, labels, test_features, test_labels, words, rows, test_rows, test_patients)
+    if patients is None:
+        held = _held_out(path, labels, words, seed)
+    else:
+        held = _held_patients(path, labels, words, patients, seed)
     rows, test_rows = np.flatnonzero(~held), np.flatnonzero(held)
-    return FeatureTable(features[rows], labels[rows], features[test_rows], labels[test_rows], words, rows, test_rows)
+    owners = None if patients is None else patients[held]
+    return FeatureTable(
+        features[rows], labels[rows], features[test_rows], labels[test_rows], words, rows, test_rows, owners
+    )
+
+
+def _owners(path: Path, arrays: dict[str, np.ndarray], prefix: str, num_rows: int) -> np.ndarray | None:
+    """Whose each row is, as words."""
+    if f"{prefix}patients" not in arrays:
+        return None
+    names = arrays[f"{prefix}patients"]
+    if names.shape != (num_rows,) or not (np.issubdtype(names.dtype, np.integer) or names.dtype.kind == "U"):
+        raise FileFormatError(
+            f"{path}: {prefix}patients must be whole numbers or words ({num_rows},), got {names.dtype} {names.shape}"
+        )
+    if names.dtype.kind == "U":
+        _check_text(path, names, f"{prefix}patients")
+    return names.astype(str)
 
 
 def _checked(path: Path, arrays: dict[str, np.ndarray], prefix: str) -> tuple[np.ndarray, np.ndarray]:
@@ -162,10 +195,24 @@ def _checked(path: Path, arrays: dict[str, np.ndarray], prefix: str) -> tuple[np
     if not (np.issubdtype(names.dtype, np.integer) or names.dtype.kind == "U"):
         raise FileFormatError(f"{path}: {prefix}labels must be whole numbers or words, got {names.dtype}")
     if names.dtype.kind == "U":
-        codes = np.frombuffer(names.astype(names.dtype.newbyteorder("=")).tobytes(), dtype=np.uint32)
-        if codes.max(initial=0) > sys.maxunicode:
-            raise FileFormatError(f"{path}: {prefix}labels hold what is no text; write them again")
+        _check_text(path, names, f"{prefix}labels")
     return features, names
+
+
+def _check_apart(path: Path, patients: np.ndarray | None, test_patients: np.ndarray | None) -> None:
+    if patients is None or test_patients is None:
+        return
+    both = np.intersect1d(patients, test_patients)
+    if len(both):
+        raise FileFormatError(
+            f"{path}: patient {printable(str(both[0]))!r} stands in patients and in test_patients; give each one side"
+        )
+
+
+def _check_text(path: Path, names: np.ndarray, array: str) -> None:
+    codes = np.frombuffer(names.astype(names.dtype.newbyteorder("=")).tobytes(), dtype=np.uint32)
+    if codes.max(initial=0) > sys.maxunicode:
+        raise FileFormatError(f"{path}: {array} hold what is no text; write them again")
 
 
 def _order(name: object) -> tuple[int, float, str]:
@@ -186,4 +233,25 @@ def _held_out(path: Path, labels: np.ndarray, classes: tuple[str, ...], seed: in
                 "or drop the class"
             )
         held[generator.permutation(members)[: max(1, round(TEST_SHARE * len(members)))]] = True
+    return held
+
+
+def _held_patients(
+    path: Path, labels: np.ndarray, classes: tuple[str, ...], patients: np.ndarray, seed: int
+) -> np.ndarray:
+    """Whole patients in an order drawn by seed, for each class until a fifth of its rows are held."""
+    names, member = np.unique(patients, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    chosen = np.zeros(len(names), dtype=bool)
+    for k in range(len(classes)):
+        own = np.bincount(member, weights=labels == k, minlength=len(names))[order]
+        before = own.cumsum() - own
+        chosen[order[(own > 0) & (before < TEST_SHARE * own.sum())]] = True
+    held = chosen[member]
+    for k, name in enumerate(classes):
+        if held[labels == k].all():
+            raise FileFormatError(
+                f"{path}: class {name!r} has no row left once whole patients are held out; give test_features, "
+                "test_labels and test_patients, drop the class, or try another --seed"
+            )
     return held

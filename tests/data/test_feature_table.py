@@ -152,3 +152,41 @@ def test_an_npz_that_python_2_wrote_is_read_without_a_warning(tmp_path):
             packed.writestr(f"{name}.npy", stream.getvalue().replace(b"(30,", b"(30L,").replace(b"} ", b"}", 1))
     read = read_features(tmp_path / "f.npz", seed=0)
     assert np.array_equal(read.features, held["features"][read.rows])
+
+
+def test_patients_are_held_out_whole(tmp_path):
+    held = arrays(n=120)
+    owner = np.random.default_rng(1).integers(0, 30, 120)
+    table = read_features(npz(tmp_path, **held, patients=owner), seed=3)
+    assert table.test_patients.tolist() == [str(name) for name in owner[table.test_rows]]
+    assert not set(owner[table.rows]) & set(owner[table.test_rows])
+    assert sorted([*table.rows, *table.test_rows]) == list(range(120))
+    assert (np.bincount(table.test_labels) >= 8).all()
+    assert len(table.test_rows) < 60
+    assert read_features(npz(tmp_path, **held), seed=3).test_patients is None
+
+
+def test_a_column_of_a_csv_may_name_the_patients(tmp_path):
+    path = tmp_path / "f.csv"
+    rows = [f"{i / 7},p{i // 2},{i},{'ab'[i % 2]}" for i in range(20)]
+    path.write_text("\n".join(["x,Patient,y,what", *rows]))
+    table = read_features(path, seed=0)
+    assert table.features.shape[1] == 2
+    assert [f"p{i // 2}" for i in table.test_rows] == table.test_patients.tolist()
+
+
+def test_patients_that_cannot_be_are_named(tmp_path):
+    held = arrays()
+    test = {"test_features": held["features"], "test_labels": held["labels"]}
+    for more, said in (
+        ({"patients": np.arange(29)}, r"patients must be whole numbers or words \(30,\)"),
+        ({"patients": np.zeros(30)}, "patients must be whole numbers or words"),
+        ({"patients": held["labels"]}, "class '0' has no row left once whole patients are held out"),
+        ({**test, "patients": np.arange(30)}, "one of patients and test_patients"),
+        (
+            {**test, "patients": np.arange(30), "test_patients": np.arange(29, 59)},
+            "patient '29' stands in patients and",
+        ),
+    ):
+        with pytest.raises(FileFormatError, match=said):
+            read_features(npz(tmp_path, **held, **more), seed=0)
