@@ -72,6 +72,8 @@ def test_intervals_equal_a_loop_over_resamples(problem):
         for name, value in values.items():
             loop.setdefault(name, []).append(value)
     assert len(loop) == 9
+    for name in ("ece", "ece_equal_mass", "brier_reliability", "brier_resolution"):
+        loop[name] = np.maximum(np.array(loop[name]) - np.mean(loop[name]) + found[name].value, 0)
     for name, values in loop.items():
         np.testing.assert_allclose([found[name].low, found[name].high], np.quantile(values, [0.05, 0.95]), rtol=1e-9)
 
@@ -128,3 +130,11 @@ def test_ood_intervals_equal_a_loop_over_resamples():
 def test_ood_of_images_told_apart_entirely():
     found = ood_with_intervals(np.arange(5.0), np.arange(5.0, 9.0), np.arange(5), np.arange(4), num_resamples=20)
     assert (found["auroc"], found["fpr95"]) == (Interval(1, 1, 1), Interval(0, 0, 0))
+
+
+def test_every_interval_holds_its_number():
+    rng = np.random.default_rng(7)
+    probs = rng.dirichlet(np.full(4, 0.2), size=60)
+    labels = (probs.cumsum(1) > rng.random((60, 1))).argmax(1)
+    for name, one in metrics_with_intervals(probs, labels, np.arange(60) // 2).items():
+        assert one.low <= one.value <= one.high, name
