@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 
 import pytest
 import torch
@@ -185,10 +186,10 @@ def _walk_back(outputs, gradients, keep, create, inputs, allow_unreachable=True,
             if accumulate_grad and not inputs and arriving[0] is not None:
                 leaf.grad = arriving[0] if leaf.grad is None else leaf.grad + arriving[0]
             continue
-        leaving = node(*arriving) if any(gradient is not None for gradient in arriving) else [None]
+        step = node.apply if isinstance(node, torch.autograd.function.BackwardCFunction) else node
+        leaving = step(*arriving) if any(gradient is not None for gradient in arriving) else [None]
         leaving = leaving if isinstance(leaving, tuple | list) else [leaving]
-        leaving = [*leaving, *[None] * (len(node.next_functions) - len(leaving))]
-        for (follower, number), gradient in zip(node.next_functions, leaving, strict=True):
+        for (follower, number), gradient in zip_longest(node.next_functions, leaving[: len(node.next_functions)]):
             if follower is None:
                 continue
             if gradient is not None:

@@ -43,7 +43,9 @@ def classification_metrics(
         labels: (N,) whole numbers 0..K-1.
         num_bins: of the ECE.
     """
-    probs, labels = np.asarray(probs), np.asarray(labels)
+    probs, labels = (
+        value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value) for value in (probs, labels)
+    )
     rows = np.arange(len(labels))
     confidence, correct = probs.max(1), probs.argmax(1) == labels
     bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)

@@ -208,12 +208,12 @@ def sample_nuts(
 
 
 def _gather(chains: Sequence[Chain], settings: ChainSettings, laplace: Laplace, problem: Problem) -> Nuts:
-    theta = torch.stack([chain.theta for chain in chains]).to(laplace.weight_mean)
+    theta = torch.stack([chain.theta.to(laplace.weight_mean) for chain in chains])  # kept ones come from files
     stats = {name: np.stack([chain.stats[name] for chain in chains]) for name in STATISTICS}
     return Nuts(
         Draws(theta[..., :-1].contiguous(), theta[..., -1].contiguous()),
         stats,
-        None if problem.tau_prior is None else torch.stack([chain.tau for chain in chains]).to(theta),
+        None if problem.tau_prior is None else torch.stack([chain.tau.to(theta) for chain in chains]),
         np.array([chain.warmup_steps for chain in chains]),
         np.array([chain.seconds for chain in chains]),
         settings,
