@@ -339,6 +339,7 @@ def _compare(table: FeatureTable, gaussians: dict[str, Laplace], nuts: Nuts) -> 
         table.test_labels,
         refined=gaussians["laplace_refined"],
         training=(table.features, table.labels),
+        patients=_drawn_together(table),
     )
 
 

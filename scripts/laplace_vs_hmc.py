@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 import bayescam as bc
-from bayescam.diagnose.intervals import Interval, metrics_with_intervals
-from bayescam.explain.localise import bootstrap_mean
+from bayescam.diagnose.intervals import interval, metrics_with_intervals, resampled_mean
 from bayescam.report.style import COLOURS, NAMES, new_figure, plain
 from bayescam.runfolder import read_split
 from bayescam.storage import atomic_path, load_tensors, write_text
@@ -69,7 +68,7 @@ def measure(train, test, patients, tau, num_classes, num_samples, seed):
     rows = []
     for name in METHODS:
         away = 0.5 * (probs[name] - probs["nuts"]).abs().sum(1).numpy()
-        tv = Interval(float(away.mean()), *bootstrap_mean(away, patients, 0.9))
+        tv = interval(resampled_mean(away, patients))
         found = metrics_with_intervals(probs[name].numpy(), test[1].numpy(), patients)
         rows.append(
             {"method": name, "tv": tv, **{metric: found[metric] for metric in ("accuracy", "nll", "ece", "brier")}}

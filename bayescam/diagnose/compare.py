@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayescam.diagnose.calibration import classification_metrics
 from bayescam.diagnose.convergence import Convergence, convergence, probability_convergence
 from bayescam.diagnose.importance import importance
+from bayescam.diagnose.intervals import interval, resampled_mean, resampled_metrics
 from bayescam.diagnose.weight_agreement import halves, weight_agreement
 from bayescam.notebook import html_table
 from bayescam.posterior.draws import Draws
@@ -22,7 +22,7 @@ from bayescam.posterior.laplace import Laplace
 from bayescam.posterior.nuts import Nuts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 Verdict = Literal["laplace", "refine", "nuts", "undecided"]
 
@@ -43,7 +43,8 @@ class Comparison:
         words: the verdict in a sentence, with its numbers.
         convergence: of NUTS: "probabilities" and "lp", each with rhat, ess_bulk, ess_tail.
         predictive: for each of "map", "laplace", "refined": total_variation, agreement, mutual information and metric
-            differences against NUTS; "nuts_half" is NUTS half against half, the noise floor.
+            differences against NUTS, each with "_low" and "_high", its 90 % bootstrap interval over patients;
+            "nuts_half" is NUTS half against half, the noise floor.
         weights: for "laplace" and "refined": ``WeightAgreement.summary`` and the ten worst weights.
         cams: the same for mean and sd of the centred CAMs; empty without maps.
         importance: k-hat over batches and a KL estimate; empty without training images. Information, never the gate.
@@ -80,7 +81,7 @@ class Comparison:
     def _repr_html_(self) -> str:
         shown = ("total_variation", "agreement", "nll_difference", "ece_difference")
         rows = [
-            (name, *(f"{row[key]:.4f}" if key in row else "–" for key in shown))
+            (name, *(_with_interval(row, key) if key in row else "–" for key in shown))
             for name, row in self.predictive.items()
         ]
         header = ("against NUTS", "total variation", "same class", "NLL difference", "ECE difference")
@@ -96,6 +97,7 @@ def compare_posteriors(
     refined: Laplace | None = None,
     maps: Tensor | None = None,
     training: tuple[Tensor | np.ndarray, Tensor | np.ndarray] | None = None,
+    patients: Sequence[str] | np.ndarray | None = None,
     num_samples: int = 500,
     seed: int = 0,
 ) -> Comparison:
@@ -113,6 +115,7 @@ def compare_posteriors(
         refined: the KL-optimal Gaussian, if it was made.
         maps: feature maps (n, D, h, w) of some images, for the CAMs.
         training: features and labels of the training images, for k-hat and KL.
+        patients: whose each image is, (N,), for the intervals; None takes images for independent.
         num_samples: draws of each Gaussian for its mutual information.
         seed: of those draws.
 
@@ -120,12 +123,15 @@ def compare_posteriors(
         ValueError: shapes that do not belong together.
     """
     phi, truth = _check(laplace, nuts, features, labels)
+    groups = np.arange(len(phi)) if patients is None else np.asarray(patients)
+    if groups.shape != (len(phi),):
+        raise ValueError(f"patients must name one for each of the {len(phi)} images, got {groups.shape}")
     gaussians = {"laplace": laplace} if refined is None else {"laplace": laplace, "refined": refined}
     converged = {
         "probabilities": probability_convergence(nuts.draws, phi),
         "lp": convergence(nuts.stats["lp"]),
     }
-    predictive = _predictive(laplace, gaussians, nuts.draws, phi, truth, num_samples, seed)
+    predictive = _predictive(laplace, gaussians, nuts.draws, phi, truth, groups, num_samples, seed)
     weights = {}
     for name, gaussian in gaussians.items():
         agreement = weight_agreement(gaussian, nuts.draws)
@@ -174,40 +180,51 @@ def _predictive(
     draws: Draws,
     phi: Tensor,
     truth: Tensor | None,
+    groups: np.ndarray,
     num_samples: int,
     seed: int,
 ) -> dict[str, dict[str, float]]:
     proba, information = predictive_moments(draws, phi)
     reference = {"proba": proba, "information": information}
     plug_in = torch.addmm(laplace.bias_mean, phi, laplace.weight_mean.T).softmax(-1)
-    rows = {"map": _against(reference, plug_in, torch.zeros_like(information), truth)}
+    rows = {"map": _against(reference, plug_in, torch.zeros_like(information), truth, groups)}
     for name, gaussian in gaussians.items():
         _, own = predictive_moments(gaussian.sample(num_samples, seed=seed), phi)
-        rows[name] = _against(reference, gaussian.predict_proba(phi).to(proba), own.to(proba), truth)
+        rows[name] = _against(reference, gaussian.predict_proba(phi).to(proba), own.to(proba), truth, groups)
     first, second = (predictive_moments(half, phi) for half in halves(draws))
-    rows["nuts_half"] = _against({"proba": second[0], "information": second[1]}, *first, truth)
+    rows["nuts_half"] = _against({"proba": second[0], "information": second[1]}, *first, truth, groups)
     return rows
 
 
 def _against(
-    reference: Mapping[str, Tensor], proba: Tensor, information: Tensor, truth: Tensor | None
+    reference: Mapping[str, Tensor], proba: Tensor, information: Tensor, truth: Tensor | None, groups: np.ndarray
 ) -> dict[str, float]:
-    other, other_information = reference["proba"], reference["information"]
-    row = {
-        "total_variation": total_variation(proba, other),
-        "total_variation_max": float((proba - other).abs().sum(-1).max() / 2),
-        "agreement": float((proba.argmax(-1) == other.argmax(-1)).double().mean()),
-        "mutual_information_difference": float((information - other_information).mean()),
-        "mutual_information_rms": float((information - other_information).square().mean().sqrt()),
+    other, more = reference["proba"], information - reference["information"]
+    by_image = {
+        "total_variation": (proba - other).abs().sum(-1) / 2,
+        "agreement": (proba.argmax(-1) == other.argmax(-1)).double(),
+        "mutual_information_difference": more,
     }
+    row: dict[str, float] = {}
+    for name, values in by_image.items():
+        row |= _with_bounds(name, resampled_mean(values.cpu().numpy(), groups))
+    row["total_variation_max"] = float(by_image["total_variation"].max())
+    row["mutual_information_rms"] = float(more.square().mean().sqrt())
     if truth is None:
         return row
-    own = classification_metrics(proba.cpu().numpy(), truth.cpu().numpy())
-    theirs = classification_metrics(other.cpu().numpy(), truth.cpu().numpy())
+    own, theirs = (resampled_metrics(p.cpu().numpy(), truth.cpu().numpy(), groups) for p in (proba, other))
     for name in ("nll", "ece", "brier", "accuracy"):
-        row[name] = float(own[name])
-        row[f"{name}_difference"] = float(own[name] - theirs[name])
+        row |= _with_bounds(name, own[name]) | _with_bounds(f"{name}_difference", own[name] - theirs[name])
     return row
+
+
+def _with_bounds(name: str, values: np.ndarray) -> dict[str, float]:
+    found = interval(values)
+    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+def _with_interval(row: Mapping[str, float], name: str) -> str:
+    return f"{row[name]:.4f} [{row[f'{name}_low']:.4f}, {row[f'{name}_high']:.4f}]"
 
 
 def _allowed(predictive: Mapping[str, Mapping[str, float]]) -> float:

@@ -98,6 +98,13 @@ def resampled_metrics(
     return found
 
 
+def resampled_mean(values: np.ndarray, groups: np.ndarray, *, num_resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """The mean of values (N,) over the sample and over the same resamples as ``resampled_metrics``, (1 + R,)."""
+    member, weights = _resamples(groups, num_resamples, np.random.default_rng(seed))
+    sums, sizes = np.bincount(member, values), np.bincount(member)
+    return (weights @ sums) / (weights @ sizes)
+
+
 def ood_with_intervals(
     inside: np.ndarray,
     outside: np.ndarray,

@@ -68,6 +68,30 @@ def test_equal_posteriors_are_laplace():
     assert "Laplace predicts like NUTS" in comparison.words
 
 
+def test_every_distance_has_its_interval_over_patients():
+    truth, (features, labels) = fitted(), data()
+    nuts, off = as_nuts(truth), moved(truth, 0.3)
+    patients = np.arange(N) // 4
+    row = compare_posteriors(off, nuts, features, labels, patients=patients).predictive["laplace"]
+    names = {name for name in row if f"{name}_low" in row}
+    assert {"total_variation", "agreement", "mutual_information_difference", "nll", "nll_difference"} <= names
+    assert all(row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] for name in names)
+    p, q = off.predict_proba(features), predictive_moments(nuts.draws, features)[0]
+    assert row["total_variation"] == pytest.approx(total_variation(p, q))
+    right = torch.arange(N), labels
+    excess = (q[right].log() - p[right].log()).numpy()
+    counts = np.random.default_rng(0).multinomial(N // 4, np.full(N // 4, 4 / N), size=1000)
+    means = [np.repeat(excess, drawn[patients]).mean() for drawn in counts]
+    assert row["nll_difference"] == pytest.approx(excess.mean())
+    low, high = np.quantile(means, [0.05, 0.95])
+    assert [row["nll_difference_low"], row["nll_difference_high"]] == pytest.approx([low, high])
+    single = compare_posteriors(off, nuts, features, labels).predictive["laplace"]
+    assert single["nll_difference"] == pytest.approx(row["nll_difference"])
+    assert single["nll_difference_low"] != row["nll_difference_low"]
+    with pytest.raises(ValueError, match="patients must name one for each of the 120 images"):
+        compare_posteriors(off, nuts, features, labels, patients=patients[:3])
+
+
 def test_refined_alone_is_close():
     truth = fitted()
     comparison = compare_posteriors(moved(truth, 1.5), as_nuts(truth), *evaluation(), refined=truth)
