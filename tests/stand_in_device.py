@@ -98,6 +98,8 @@ def _device(named) -> torch.device:
 
 def _computed(func, args, kwargs):
     """One operator, on the CPU, and its answer put where CUDA would put it."""
+    if func is _aten._efficientzerotensor.default:  # zeros without memory, which no dispatch can follow
+        func = _aten.zeros.default
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     there = any(isinstance(tensor, TensorThere) for tensor in given)
     asked = None if kwargs.get("device") is None else _device(kwargs["device"])

@@ -105,7 +105,7 @@ def pixel_maps(cam: CamPosterior, label: int | Tensor, upsampling: Upsampling, *
 
 
 def mask_shares(mask: np.ndarray | Tensor, shape: tuple[int, int], geometry: Geometry | None = None) -> Tensor:
-    """How much of every cell's area a mask in pixels covers: (H, W) bool -> (h, w) in [0, 1].
+    """How much of every cell's area a mask in pixels covers: (H, W) bool -> (h, w) in [0, 1], on its device.
 
     Args:
         mask: over the original pixels, or over the network's square where ``geometry`` is None.
@@ -115,12 +115,12 @@ def mask_shares(mask: np.ndarray | Tensor, shape: tuple[int, int], geometry: Geo
     Raises:
         TypeError, ValueError: a mask that is not boolean, or has another size than the radiograph.
     """
-    pixels = torch.as_tensor(mask)
+    given = pixels = torch.as_tensor(mask)
     if pixels.dtype != torch.bool:
         raise TypeError(f"mask must be boolean, got {pixels.dtype}; compare it with a threshold first")
     if pixels.dim() != 2:
         raise ValueError(f"mask must be (H, W), got {tuple(pixels.shape)}")
-    pixels = pixels.double()
+    pixels = pixels.cpu().double()
     if geometry is not None:
         if pixels.shape != (geometry.height, geometry.width):
             raise ValueError(
@@ -128,7 +128,8 @@ def mask_shares(mask: np.ndarray | Tensor, shape: tuple[int, int], geometry: Geo
                 "pass the mask in the original pixels"
             )
         pixels = torch.from_numpy(geometry.to_square(pixels.numpy())).double()
-    return _overlap(shape[0], pixels.shape[0]) @ pixels @ _overlap(shape[1], pixels.shape[1]).T
+    shares = _overlap(shape[0], pixels.shape[0]) @ pixels @ _overlap(shape[1], pixels.shape[1]).T
+    return shares.to(given.device)
 
 
 def cells_of_mask(
