@@ -105,6 +105,30 @@ def resampled_mean(values: np.ndarray, groups: np.ndarray, *, num_resamples: int
     return (weights @ sums) / (weights @ sizes)
 
 
+def risk_band(
+    probs: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    *,
+    level: float = 0.9,
+    num_resamples: int = 300,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of ``calibration.risk_coverage``: of the error among the n surest images, n = 1..N, (N,) each.
+
+    Patients are drawn anew; the order of the images by sureness is theirs in the sample.
+    """
+    order = np.argsort(-probs.max(1), kind="stable")
+    wrong = (probs.argmax(1) != labels)[order]
+    member, weights = _resamples(groups, num_resamples, np.random.default_rng(seed))
+    drawn = weights[1:, member[order]].astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        risk = (drawn * wrong).cumsum(1) / drawn.cumsum(1)
+    tail = (1 - level) / 2
+    low, high = np.nanquantile(risk, [tail, 1 - tail], axis=0)
+    return low, high
+
+
 def ood_with_intervals(
     inside: np.ndarray,
     outside: np.ndarray,

@@ -7,7 +7,7 @@ files and classes are drawn as inert text.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -147,12 +147,35 @@ def gallery_figure(
         axis.set_axis_off()
     for number, case in enumerate(cases):
         row, column = divmod(number, columns)
-        radiograph, mean, sd, chance = tiles[row, 5 * column : 5 * column + 4]
-        draw_radiograph(radiograph, case, short(case.title, 18))
-        draw_mean(mean, case, limit, False, _heading(case))
-        draw_sd(sd, case, spread, "sd")
-        draw_chance(chance, case, level, "P(evidence > 0)")
-    words, *bars = scales.subplots(1, 4, width_ratios=[0.6, 1, 1, 1])
+        _strip(tiles[row, 5 * column : 5 * column + 4], case, limit, spread, level)
+    _scales(figure, scales, limit, spread, level, any(case.joint is not None for case in cases))
+    return figure
+
+
+def strip_figure(case: CasePanels, *, limit: float, spread: float, level: float = 0.9) -> Figure:
+    """One radiograph's four tiles in a row, on the scales of ``scales_figure``; arguments as in ``draw_case``."""
+    figure = _figure(6.5, 1.8)
+    _strip(figure.subplots(1, 4), case, limit, spread, level)
+    return figure
+
+
+def scales_figure(*, limit: float, spread: float, level: float = 0.9, joint: bool = True) -> Figure:
+    """The colour scales that many ``strip_figure`` share."""
+    figure = _figure(13, 1.0)
+    _scales(figure, figure, limit, spread, level, joint)
+    return figure
+
+
+def _strip(tiles: Iterable[Axes], case: CasePanels, limit: float, spread: float, level: float) -> None:
+    radiograph, mean, sd, chance = tiles
+    draw_radiograph(radiograph, case, short(case.title, 18))
+    draw_mean(mean, case, limit, False, _heading(case))
+    draw_sd(sd, case, spread, "sd")
+    draw_chance(chance, case, level, "P(evidence > 0)")
+
+
+def _scales(figure: Figure, place: Any, limit: float, spread: float, level: float, joint: bool) -> None:
+    words, *bars = place.subplots(1, 4, width_ratios=[0.6, 1, 1, 1])
     words.set_axis_off()
     named = (
         (SIGNED, Normalize(-limit, limit), "mean evidence, logits\n(0: the average class)"),
@@ -171,9 +194,7 @@ def gallery_figure(
         )
         bar.set_label(text, fontsize=8)
         bar.ax.tick_params(labelsize=7)
-    handles = contour_handles(level, any(case.joint is not None for case in cases))
-    words.legend(handles=handles, loc="center", fontsize=7, frameon=False)
-    return figure
+    words.legend(handles=contour_handles(level, joint), loc="center", fontsize=7, frameon=False)
 
 
 def _figure(width: float, height: float) -> Figure:

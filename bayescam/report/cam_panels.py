@@ -201,6 +201,32 @@ def caption(case: CasePanels, *, level: float = 0.9) -> str:
     return " ".join(parts)
 
 
+def brief_caption(case: CasePanels, *, level: float = 0.9) -> str:
+    """``caption`` for a reader who sees the picture among others: without what is true of all of them."""
+    name, parts = case.classes[case.label], []
+    if case.probabilities is not None:
+        order = sorted(range(len(case.classes)), key=lambda k: -case.probabilities[k])  # type: ignore[index]
+        parts.append(
+            "Predicted " + ", ".join(f"{case.classes[k]} {case.probabilities[k]:.2f}" for k in order[:2]) + "."
+        )
+    if case.is_flat:
+        parts.append("The map is flat: no part of the picture speaks for the class more than another.")
+    else:
+        peak = np.unravel_index(int(case.mean.argmax()), case.mean.shape)
+        jointly = "" if case.joint is None else f" cell by cell, {(case.joint >= level).mean():.0%} jointly"
+        parts.append(
+            f"Most evidence for {name} {_place(peak, case.mean.shape)}, {case.mean[peak]:+.1f} ± {case.sd[peak]:.1f}"
+            f" logits; with {level:.0%} probability {(case.above >= level).mean():.0%} of the picture speaks for it"
+            f"{jointly}."
+        )
+    if case.doubt is not None:
+        most = np.unravel_index(int(case.doubt.argmax()), (3, 3))
+        parts.append(f"Least sure {_place(most, (3, 3))}.")
+    if case.marker is not None:
+        parts.append(f"Marker before bones: {case.marker:.2f}.")
+    return " ".join(parts).replace(" of the picture,", ",").replace(" of the picture.", ".")
+
+
 def shared_limit(cases: Sequence[CasePanels]) -> float:
     """The largest |mean| of all cases: the end of the one colour scale they share; 1 where all are zero."""
     return max((float(np.abs(case.mean).max()) for case in cases), default=0.0) or 1.0

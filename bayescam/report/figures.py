@@ -10,9 +10,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bayescam.diagnose.calibration import consistency_band, reliability, risk_coverage
+from bayescam.diagnose.intervals import Interval, interval, resampled_mean, risk_band
 from bayescam.diagnose.selectors import Chosen, largest_effect, largest_shift, worst_rhat
-from bayescam.report.cam_figures import gallery_figure
-from bayescam.report.cam_panels import CasePanels, cell_panels
+from bayescam.report.cam_figures import scales_figure, strip_figure
+from bayescam.report.cam_panels import CasePanels, cell_panels, shared_limit, shared_spread
 from bayescam.report.run_files import RunFiles
 from bayescam.report.style import COLOURS, INK, NAMES, QUIET, named_ticks, new_figure, plain, say
 from bayescam.storage import atomic_path
@@ -44,13 +45,24 @@ def reliability_figure(probs: Mapping[str, np.ndarray], labels: np.ndarray) -> F
     return figure
 
 
-def risk_coverage_figure(probs: Mapping[str, np.ndarray], labels: np.ndarray) -> Figure:
-    """Error among the images kept when the least sure are handed to a person."""
+def risk_coverage_figure(
+    probs: Mapping[str, np.ndarray], labels: np.ndarray, band: tuple[str, np.ndarray, np.ndarray] | None = None
+) -> Figure:
+    """Error among the images kept when the least sure are handed to a person.
+
+    Args:
+        probs: method -> (N, K).
+        labels: (N,).
+        band: a method and the bounds of its error at each share kept, (N,) each.
+    """
     figure = new_figure(6.4, 3.2)
     axes = plain(figure.subplots(), title="Handing over the least sure images", x="share kept", y="error among them")
     for method, values in probs.items():
         coverage, risk = risk_coverage(values, labels)
         axes.plot(coverage, risk, color=COLOURS.get(method, INK), label=NAMES.get(method, method), linewidth=1.4)
+    if band is not None:
+        method, low, high = band
+        axes.fill_between(coverage, low, high, color=COLOURS.get(method, INK), alpha=0.15, linewidth=0)
     axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
@@ -93,12 +105,12 @@ def training_figure(history: Mapping[str, np.ndarray]) -> Figure:
 
 
 def agreement_figure(
-    distances: Mapping[str, float], floor: float, limit: float, moments: Mapping[str, tuple[np.ndarray, ...]]
+    distances: Mapping[str, Interval], floor: float, limit: float, moments: Mapping[str, tuple[np.ndarray, ...]]
 ) -> Figure:
     """How far each posterior's predictions are from NUTS, and its centred weights beside NUTS's.
 
     Args:
-        distances: method -> mean total variation to NUTS's predictive.
+        distances: method -> mean total variation to NUTS's predictive, with its interval.
         floor: NUTS half against half.
         limit: what counts as close enough.
         moments: method -> (mean, sd, NUTS mean, NUTS sd) of the centred weights, (K, D) each.
@@ -107,7 +119,9 @@ def agreement_figure(
     panels = figure.subplots(1, 1 + len(moments), width_ratios=[1.15, *[1] * len(moments)], squeeze=False)[0]
     bars = plain(panels[0], title="Distance of predictions to NUTS", x="mean total variation", y="")
     names = list(distances)
-    bars.barh(range(len(names)), [distances[n] for n in names], color=[COLOURS.get(n, INK) for n in names], height=0.6)
+    values, low, high = np.array([(distances[n].value, distances[n].low, distances[n].high) for n in names]).T
+    bars.barh(range(len(names)), values, color=[COLOURS.get(n, INK) for n in names], height=0.6)
+    bars.hlines(range(len(names)), low, high, color=QUIET, linewidth=2.5)
     named_ticks(bars, [NAMES.get(n, n) for n in names], axis="y")
     bars.invert_yaxis()
     bars.axvline(limit, color=INK, linewidth=1)
@@ -194,18 +208,22 @@ def trace_figure(lp: np.ndarray, energy: np.ndarray) -> Figure:
 
 def write_figures(folder: Path) -> list[Path]:
     """Draw every figure of a run folder into ``figures/`` and return their paths."""
-    files = RunFiles(folder)
+    files, patients = RunFiles(folder), RunFiles(folder).patients
     labels, shown = files.labels, ("cnn", "map_temperature", "laplace_full", "laplace_refined", "nuts")
     probs = {name: files.probs(name) for name in shown}
     spread = files.centred_weights()
     nuts_mean, nuts_sd = spread["nuts"]
     figures = {
         "reliability": reliability_figure(probs, labels),
-        "risk_coverage": risk_coverage_figure(probs, labels),
+        "risk_coverage": risk_coverage_figure(probs, labels, ("nuts", *risk_band(probs["nuts"], labels, patients))),
         "confusion": confusion_figure(files.probs("nuts"), labels, files.classes),
         "training": training_figure(_history(folder / "history.csv")),
         "agreement": agreement_figure(
-            {name: _distance(files.probs(name), files.probs("nuts")) for name in COLOURS if name != "nuts"},
+            {
+                name: interval(resampled_mean(_distances(files.probs(name), files.probs("nuts")), patients))
+                for name in COLOURS
+                if name != "nuts"
+            },
             files.comparison["predictive"]["nuts_half"]["total_variation"],
             files.tolerance,
             {n: (*spread[n], nuts_mean, nuts_sd) for n in ("laplace_full", "laplace_refined")},
@@ -214,7 +232,7 @@ def write_figures(folder: Path) -> list[Path]:
             {n: spread[n] for n in ("laplace_full", "laplace_refined", "nuts")}, files.classes, _worth_a_look(files)
         ),
         "trace": trace_figure(*files.traces()),
-        "cams": gallery_figure(cam_cases(files)),
+        **_gallery(cam_cases(files)),
     }
     written = []
     for name, figure in figures.items():
@@ -260,8 +278,16 @@ def cam_cases(files: RunFiles) -> list[CasePanels]:
     return cases
 
 
-def _distance(p: np.ndarray, q: np.ndarray) -> float:
-    return float(0.5 * np.abs(p - q).sum(1).mean())
+def _gallery(cases: Sequence[CasePanels]) -> dict[str, Figure]:
+    """One picture a radiograph, "case-1" and so on, and the colour scales that they share."""
+    limit, spread = shared_limit(cases), shared_spread(cases)
+    strips = {f"case-{n}": strip_figure(case, limit=limit, spread=spread) for n, case in enumerate(cases, 1)}
+    return {**strips, "scales": scales_figure(limit=limit, spread=spread)}
+
+
+def _distances(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Total variation of two predictives by image, (N,)."""
+    return 0.5 * np.abs(p - q).sum(1)
 
 
 def _history(path: Path) -> dict[str, np.ndarray]:

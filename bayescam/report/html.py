@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from bayescam.diagnose.diagnosis import diagnose_run
-from bayescam.report.cam_panels import caption
+from bayescam.report.cam_panels import brief_caption, caption
 from bayescam.report.figures import cam_cases
 from bayescam.report.run_files import RunFiles
 from bayescam.report.style import NAMES
@@ -25,6 +25,19 @@ HEADLINES = {
     "undecided": "Nothing can be said about Laplace: NUTS itself has not converged.",
 }
 SPEAKERS = {"laplace": "laplace_full", "refine": "laplace_refined", "nuts": "nuts", "undecided": "map"}
+SPOKEN = {
+    "laplace_full": "the Laplace posterior",
+    "laplace_refined": "the refined posterior",
+    "nuts": "NUTS",
+    "map": "the last layer at its most probable weights",
+}
+AGAINST_NUTS = {"map": "MAP", "laplace": "Laplace, full", "refined": "refined", "nuts_half": "NUTS, half against half"}
+DIFFERENCES = ("total_variation", "agreement", "nll_difference", "ece_difference")
+GALLERY = {
+    "surest_right": "The surest of those that are right, each class in turn",
+    "surest_wrong": "The surest of those that are wrong",
+    "most_uncertain": "The most uncertain",
+}
 HEADLINE_METRICS = ("accuracy", "nll", "ece", "brier")
 MORE_METRICS = {
     "accuracy_macro": "accuracy, mean over classes",
@@ -62,7 +75,7 @@ def contents(files: RunFiles) -> dict[str, Any]:
         "verdict": verdict,
         "headline": HEADLINES[verdict],
         "words": files.comparison["words"],
-        "speaker": SPEAKERS[verdict],
+        "speaker": SPOKEN[SPEAKERS[verdict]],
         "plain": files.metrics["intervals"][SPEAKERS[verdict]],
         "num_weights": files.nuts_weights[0, 0].size,
         "data": files.data,
@@ -73,13 +86,14 @@ def contents(files: RunFiles) -> dict[str, Any]:
         "more_rows": metric_rows(files, list(MORE_METRICS)),
         "more": MORE_METRICS,
         "tolerance": files.tolerance,
-        "predictive": files.comparison["predictive"],
-        "names": NAMES,
+        "against": against_rows(files),
+        "spoken": SPOKEN,
         "figures": {path.stem: _data_uri(path) for path in sorted((files.folder / "figures").glob("*.png"))},
-        "captions": [caption(case) for case in cam_cases(files)],
+        "gallery": gallery(files),
         "cams": {key: _plain(value) for key, value in files.cams.attrs.items()},
         "checks": diagnosis.checks,
         "passed": diagnosis.passed,
+        "failed": [f"{check.subject}: {check.name}" for check in diagnosis.failed],
         "nuts_doubts": [check.name for check in diagnosis.failed if check.subject == "nuts"],
         "seeds": files.json("seeds.json") if (files.folder / "seeds.json").is_file() else None,
         "environment": files.json("environment.json"),
@@ -101,6 +115,36 @@ def metric_rows(files: RunFiles, names: Sequence[str] = HEADLINE_METRICS) -> lis
         for row in rows:
             row["cells"][column]["best"] = row["cells"][column]["value"] == best
     return rows
+
+
+def against_rows(files: RunFiles) -> list[dict[str, Any]]:
+    """How far each posterior's predictions are from NUTS's, each number with its interval over patients."""
+    found = files.comparison["predictive"]
+    return [
+        {
+            "method": words,
+            "cells": [
+                {"value": found[name][key], "low": found[name][f"{key}_low"], "high": found[name][f"{key}_high"]}
+                for key in DIFFERENCES
+            ],
+        }
+        for name, words in AGAINST_NUTS.items()
+        if name in found
+    ]
+
+
+def gallery(files: RunFiles) -> list[dict[str, Any]]:
+    """The gallery's radiographs in their groups: the picture's name, what it shows in brief, and in full."""
+    cases = [
+        {"figure": f"case-{n}", "words": brief_caption(case), "full": caption(case)}
+        for n, case in enumerate(cam_cases(files), 1)
+    ]
+    groups = []
+    for name, title in GALLERY.items():
+        size = int(files.cams.attrs[name])
+        groups.append({"title": title, "cases": cases[:size]})
+        cases = cases[size:]
+    return [group for group in groups if group["cases"]]
 
 
 def class_rows(files: RunFiles) -> list[dict[str, Any]]:

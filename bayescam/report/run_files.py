@@ -57,6 +57,12 @@ class RunFiles:
         return self.predictions["y"].values
 
     @property
+    def patients(self) -> np.ndarray:
+        """Whose each test image is, (N,); itself, where no patient is named."""
+        named = self.predictions["patient"].values.astype(str)
+        return np.where(named == "", self.predictions["obs_id"].values.astype(str), named)
+
+    @property
     def tolerance(self) -> float:
         """The total variation to NUTS that counts as close enough: max(.01, twice NUTS half against half)."""
         return max(0.01, 2 * self.comparison["predictive"]["nuts_half"]["total_variation"])

@@ -15,10 +15,9 @@ from bayescam.backbone.network import Features
 from bayescam.diagnose.intervals import Interval, metrics_with_intervals
 from bayescam.posterior.predictive import predict_proba
 from bayescam.posterior.temperature import fit_temperature
-from bayescam.stages.state import METHODS, RunState
+from bayescam.stages.state import INTERVAL_LEVEL, METHODS, RunState
 from bayescam.storage import printable, write_text
 
-INTERVAL_LEVEL = 0.9
 _COMPARED_MAPS = 32
 
 

@@ -11,7 +11,7 @@ import torch
 
 from bayescam.errors import BayescamError
 from bayescam.posterior.laplace import load_laplace
-from bayescam.stages.state import RunState, chosen_posterior, warn
+from bayescam.stages.state import INTERVAL_LEVEL, RunState, chosen_posterior, warn
 from bayescam.storage import load_netcdf, write_text
 
 _MARKED = 100  # test images of which the report says whether the model looks at the marker
@@ -113,7 +113,7 @@ def _marker(
 ) -> tuple[np.ndarray, dict[str, float | int]]:
     """P(the lead marker outranks the bones) where both have masks: of the gallery, nan else; a mean of more images.
 
-    The mean is over the first test images, with a 95 % interval over patients.
+    The mean is over the first test images, with a 90 % interval over patients.
     """
     from bayescam.explain.cam import CamPosterior
     from bayescam.explain.gradcam import explanation_maps
@@ -134,7 +134,7 @@ def _marker(
     seen = np.isin(places, many) & np.isfinite(found)
     facts: dict[str, float | int] = {"marker_images": int(seen.sum())}
     if seen.any():
-        low, high = bootstrap_mean(found[seen], np.array(state.dataset.groups())[rows[seen]])
+        low, high = bootstrap_mean(found[seen], np.array(state.dataset.groups())[rows[seen]], INTERVAL_LEVEL)
         facts |= {"marker_mean": float(found[seen].mean()), "marker_low": low, "marker_high": high}
     return found[np.searchsorted(places, gallery)], facts
 

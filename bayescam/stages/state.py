@@ -36,6 +36,7 @@ GAUSSIANS = {
     "laplace_full": "posterior/laplace.safetensors",
     "laplace_refined": "posterior/refined.safetensors",
 }
+INTERVAL_LEVEL = 0.9  # of every bootstrap interval that a run writes
 METHODS = ("cnn", "map", "map_temperature", *GAUSSIANS, "nuts")
 
 

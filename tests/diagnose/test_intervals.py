@@ -23,7 +23,9 @@ from bayescam.diagnose.intervals import (
     interval,
     metrics_with_intervals,
     ood_with_intervals,
+    resampled_mean,
     resampled_metrics,
+    risk_band,
 )
 
 
@@ -138,3 +140,25 @@ def test_every_interval_holds_its_number():
     labels = (probs.cumsum(1) > rng.random((60, 1))).argmax(1)
     for name, one in metrics_with_intervals(probs, labels, np.arange(60) // 2).items():
         assert one.low <= one.value <= one.high, name
+
+
+def test_the_band_of_risk_and_coverage_equals_a_loop(problem):
+    probs, labels = (values[:60] for values in problem)
+    groups = np.arange(60) // 3
+    low, high = risk_band(probs, labels, groups, num_resamples=40, seed=4)
+    order = np.argsort(-probs.max(1), kind="stable")
+    wrong = (probs.argmax(1) != labels)[order]
+    drawn = np.random.default_rng(4).multinomial(20, np.full(20, 0.05), size=40)[:, groups[order]]
+    for n in (0, 10, 59):
+        kept = drawn[:, : n + 1]
+        risk = [(row * wrong[: n + 1]).sum() / row.sum() for row in kept if row.sum()]
+        assert [low[n], high[n]] == pytest.approx(np.quantile(risk, [0.05, 0.95]).tolist(), abs=1e-6)
+    _, risk = risk_coverage(probs, labels)
+    assert low[-1] <= risk[-1] <= high[-1]
+
+
+def test_the_mean_is_resampled_like_the_metrics(problem):
+    probs, labels = problem
+    groups = np.arange(400) // 5
+    nll = -np.log(probs[np.arange(400), labels])
+    np.testing.assert_allclose(resampled_mean(nll, groups), resampled_metrics(probs, labels, groups)["nll"])

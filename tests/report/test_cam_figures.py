@@ -16,8 +16,8 @@ from bayescam.explain.cam import CamPosterior
 from bayescam.posterior.covariance import DiagCovariance
 from bayescam.posterior.laplace import Laplace
 from bayescam.report.cam_coverage import coverage_figure
-from bayescam.report.cam_figures import case_figure, draw_case, gallery_figure
-from bayescam.report.cam_panels import CasePanels, caption, case_panels, cell_panels, shared_limit
+from bayescam.report.cam_figures import case_figure, draw_case, gallery_figure, scales_figure, strip_figure
+from bayescam.report.cam_panels import CasePanels, brief_caption, caption, case_panels, cell_panels, shared_limit
 from bayescam.report.cam_tiles import value_suppressing
 
 K, D = 3, 5
@@ -173,6 +173,29 @@ def test_the_caption_says_the_numbers_and_where():
     assert "marker" not in words
     assert "marker speaks for hand more than the bones do with probability 0.03" in caption(replace(case, marker=0.031))
     assert "in the centre" in caption(replace(case, mean=np.pad([[1.0]], 4)[:9, :9], sd=np.ones((9, 9))))
+
+
+def test_the_brief_caption_leaves_out_what_is_true_of_all():
+    mean = np.full((30, 30), -1.0)
+    mean[2, 25] = 4.25
+    case = _case(mean=mean, sd=np.full((30, 30), 0.5), above=(mean > 0).astype(float), joint=None, doubt=None)
+    assert brief_caption(replace(case, marker=0.031), level=0.9) == (
+        "Predicted hand 0.70, wrist 0.20. Most evidence for hand at the top right, +4.2 ± 0.5 logits; with 90% "
+        "probability 0% of the picture speaks for it. Marker before bones: 0.03."
+    )
+    whole = _case()
+    assert "cell by cell, " in brief_caption(whole)
+    assert "Least sure " in brief_caption(whole)
+    assert "The map is flat" in brief_caption(replace(case, mean=np.zeros((30, 30))))
+
+
+def test_a_strip_draws_on_the_scales_it_is_given():
+    figure = strip_figure(_case(classes=("$\\bad{", "a" * 90, "c")), limit=7.0, spread=3.0)
+    figure.canvas.draw()
+    limits = {image.get_cmap().name: image.get_clim() for axis in _all_axes(figure) for image in axis.images}
+    assert limits["RdBu_r"] == (-7.0, 7.0)
+    assert limits["cividis"] == (0.0, 3.0)
+    scales_figure(limit=7.0, spread=3.0).canvas.draw()
 
 
 def test_the_caption_says_what_makes_the_model_unsure():

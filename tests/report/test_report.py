@@ -94,7 +94,7 @@ class TestReport:
         assert len(source) < 10 * 2**20
         assert not {"script", "iframe", "object", "embed", "link", "form", "b", "a"} & set(page.tags)
         assert page.links == []
-        assert len(page.images) == 8
+        assert len(page.images) == 7 + 1 + 6  # the figures, the scales and the gallery
         for uri in page.images:
             kind, content = uri.split(",", 1)
             assert kind == "data:image/png;base64"
@@ -115,7 +115,23 @@ class TestReport:
             for key in ("accuracy", "nll", "ece", "brier"):
                 assert f"{row[key]:.4f}" in words
                 assert f"{row[key]:.4f}" in card
-        assert json.loads((run_folder / "comparison.json").read_text())["words"] in words
+        comparison = json.loads((run_folder / "comparison.json").read_text())
+        assert comparison["words"] in words
+        for row in comparison["predictive"].values():
+            for key in ("total_variation", "agreement", "nll_difference", "ece_difference"):
+                assert f"{row[f'{key}_low']:.4f} to {row[f'{key}_high']:.4f}" in words
+                assert row[f"{key}_low"] <= row[key] <= row[f"{key}_high"]
+        surest = metrics["intervals"]["nuts"]["error_surest_80"]
+        assert f"{surest['low']:.4f} to {surest['high']:.4f}" in words
+
+    def test_every_number_of_the_table_has_its_interval(self, run_folder):
+        metrics = json.loads((run_folder / "metrics.json").read_text())
+        rows = [line for line in (run_folder / "table.md").read_text().splitlines() if line.startswith("| ")][1:]
+        assert len(rows) == len(metrics["methods"])
+        for row, found in zip(rows, metrics["intervals"].values(), strict=True):
+            nll = found["nll"]
+            assert f"{nll['value']:.4f} [{nll['low']:.4f}, {nll['high']:.4f}]" in row
+            assert row.count("[") == 4
 
     def test_the_limits_say_how_far_another_training_moves(self, run_folder, tmp_path):
         seeds = json.loads((run_folder / "seeds.json").read_text())
