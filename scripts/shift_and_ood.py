@@ -98,12 +98,12 @@ def main() -> None:
     outside = phantom_dataset(parsed.unknown, 0, parts=("knee", "foot"))
     images = outside.pixels(pixels.images.shape[1]).batch(np.arange(len(outside)))
     unknown = ood(predict, clean, images, patients[rows], np.array(outside.groups()))
-    shift = [{**row, **{name: asdict(interval(row[name])) for name in METRICS}} for row in table]
+    shift = [{**row, **{name: interval(row[name]) for name in METRICS}} for row in table]
     write_text(
         parsed.out / "shift_and_ood.json", json.dumps({"shift": shift, "ood": unknown}, indent=1, default=asdict)
     )
     with atomic_path(parsed.out / "shift_and_ood.png") as temporary:
-        draw(table, unknown).savefig(temporary, dpi=130, format="png")
+        draw(shift, unknown).savefig(temporary, dpi=130, format="png")
     print(in_words(table, unknown))
 
 
@@ -118,14 +118,15 @@ def draw(table, unknown):
         for place, name in enumerate(names):
             found = [row for row in table if row["method"] == name and row["corruption"] in ("none", corruption)]
             severity = [row["severity"] + 0.05 * (place - (len(names) - 1) / 2) for row in found]
-            nll = [interval(row["nll"]) for row in found]
+            nll = [row["nll"] for row in found]
             line, colour = "--" if name in OTHER_NAMES else "-", colours[name]
             axes.plot(
                 severity, [one.value for one in nll], line, marker="o", ms=3, lw=1.3, color=colour, label=title(name)
             )
             axes.vlines(severity, [one.low for one in nll], [one.high for one in nll], color=colour, lw=0.8)
         axes.set_ylim(bottom=0)
-    axes = plain(panels[-1], title="Parts never seen: AUROC", x="dot: by entropy; cross: by mutual information", y="")
+    axes = plain(panels[-1], title="Parts never seen: AUROC", x="", y="")
+    axes.set_xlabel("dot: entropy; cross: mutual information", fontsize=8)
     for row in unknown:
         place = names.index(row["method"]) + (0.15 if row["score"] == "entropy" else -0.15)
         one, mark = row["auroc"], "o" if row["score"] == "entropy" else "x"
