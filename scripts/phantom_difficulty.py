@@ -18,6 +18,7 @@ from tqdm import tqdm
 from bayescam.data.phantom.clinic import PARTS
 from bayescam.data.phantom.roster import Case, Dials, roster
 from bayescam.data.phantom.simulate import radiograph
+from bayescam.diagnose.intervals import metrics_with_intervals
 
 
 def square(case: Case, *, seed: int, dials: Dials) -> np.ndarray:
@@ -82,11 +83,13 @@ def main() -> None:
     net.eval()
     with torch.no_grad():
         logits = torch.cat([net(some) for some in images[asked.train :].split(250)])
-    truth = labels[asked.train :]
-    accuracy = (logits.argmax(1) == truth).double().mean().item()
-    print(f"difficulty {asked.difficulty}: accuracy {accuracy:.3f}, NLL {cross_entropy(logits, truth).item():.3f}")
+    truth, probs = labels[asked.train :].cpu(), logits.double().softmax(1).cpu()
+    patients = np.array([str(case.patient) for case in cases[asked.train :]])
+    found = metrics_with_intervals(probs.numpy(), truth.numpy(), patients)
+    print(f"difficulty {asked.difficulty}: accuracy {found['accuracy']:.3f}, NLL {found['nll']:.3f}")
+    print("(in brackets the 90 % bootstrap interval over patients)")
     confusion = torch.zeros(len(PARTS), len(PARTS), dtype=torch.long)
-    confusion.index_put_((truth.cpu(), logits.argmax(1).cpu()), torch.tensor(1), accumulate=True)
+    confusion.index_put_((truth, probs.argmax(1)), torch.tensor(1), accumulate=True)
     for name, row in zip(PARTS, confusion.tolist(), strict=True):
         print(f"{name:>9}", *(f"{count:4d}" for count in row))
 

@@ -70,16 +70,11 @@ def predict(state: RunState) -> None:
 
 def _intervals(state: RunState, part: Features, probabilities: dict[str, Tensor]) -> dict[str, dict[str, Interval]]:
     """Every metric of every method with its bootstrap interval over patients; see ``diagnose.intervals.METRICS``."""
-    groups = _patients(state, part)
+    groups = state.test_patients
     return {
         name: metrics_with_intervals(probs.numpy(), part.labels.numpy(), groups, level=INTERVAL_LEVEL)
         for name, probs in probabilities.items()
     }
-
-
-def _patients(state: RunState, part: Features) -> np.ndarray:
-    """Whose each test image is; itself, where no patient is named."""
-    return np.array([state.patients[i] or part.ids[n] for n, i in enumerate(state.rows("test"))])
 
 
 def _table(methods: dict[str, dict[str, Interval]], num_test: int) -> str:
@@ -147,7 +142,7 @@ def compare(state: RunState) -> None:
             refined=state.gaussians["laplace_refined"],
             maps=explanation_maps(state.backbone, images).cpu(),
             training=(train.features, train.labels),
-            patients=_patients(state, part),
+            patients=state.test_patients,
         )
         write_text(folder / "comparison.json", json.dumps(comparison.to_dict(), indent=1))
 

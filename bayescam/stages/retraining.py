@@ -13,7 +13,7 @@ from torch import Tensor
 from bayescam.backbone.network import Backbone
 from bayescam.backbone.training import TrainingSettings, train_backbone
 from bayescam.posterior.laplace import fit_laplace
-from bayescam.stages.state import RunState, chosen_posterior
+from bayescam.stages.state import INTERVAL_LEVEL, RunState, chosen_posterior
 from bayescam.storage import write_text
 
 _MAPPED = 64
@@ -27,7 +27,9 @@ def retrain(state: RunState) -> None:
     with folder.stage("seeds", ["seeds.json"]):
         own = _judged(state, state.backbone)
         others = [_judged(state, _trained(state, member)) for member in range(1, state.config.seeds + 1)]
-        write_text(folder / "seeds.json", json.dumps(_spread(own, others, _map_sd(state)), indent=1))
+        write_text(
+            folder / "seeds.json", json.dumps(_spread(own, others, _map_sd(state), state.test_patients), indent=1)
+        )
 
 
 def _trained(state: RunState, member: int) -> Backbone:
@@ -75,28 +77,40 @@ def _map_sd(state: RunState) -> Tensor:
     return CamPosterior(_mapped(state, state.backbone), state.gaussians[chosen_posterior(state.folder.path)[0]]).sd
 
 
-def _spread(own: dict[str, Any], others: list[dict[str, Any]], posterior_sd: Tensor) -> dict[str, Any]:
+def _spread(
+    own: dict[str, Any], others: list[dict[str, Any]], posterior_sd: Tensor, patients: np.ndarray
+) -> dict[str, Any]:
     """How much the trainings differ, of the class that the run's own network finds most probable.
 
     ``map_correlation``: of the cells of two trainings' centred CAMs of one image, mean over images and pairs with the
     run's own. ``map_sd_ratio``: sd of a cell over trainings, beside its posterior sd, both root mean squares.
+    ``intervals``: of what are means over images, by the bootstrap over the patients of the test images.
     """
+    from bayescam.diagnose.intervals import interval, resampled_mean
+
     classes = own["predicted"][: len(own["cams"])]
     rows = torch.arange(len(classes))
     maps = torch.stack([one["cams"][rows, classes] for one in (own, *others)]).flatten(2)
     away = maps - maps.mean(2, keepdim=True)
     correlation = torch.nn.functional.cosine_similarity(away[:1], away[1:], dim=2)
-    between = maps.std(0).square().mean().sqrt()
-    within = posterior_sd[rows, classes].square().mean().sqrt()
-    same = [float((one["predicted"] == own["predicted"]).double().mean()) for one in others]
+    between, within = maps.std(0).square().mean(1), posterior_sd[rows, classes].square().flatten(1).mean(1)
+    same = torch.stack([one["predicted"] == own["predicted"] for one in others]).double().mean(0)
+
+    def resampled(values: Tensor) -> np.ndarray:
+        return resampled_mean(values.numpy(), patients[: len(values)])
+
+    found = {
+        "same_class": resampled(same),
+        "map_correlation": resampled(correlation.mean(0)),
+        "map_sd_ratio": np.sqrt(resampled(between) / resampled(within)),
+        "map_sd_between": np.sqrt(resampled(between)),
+        "map_sd_posterior": np.sqrt(resampled(within)),
+    }
     return {
         "num_trainings": 1 + len(others),
         "accuracy": [one["accuracy"] for one in (own, *others)],
         "nll": [one["nll"] for one in (own, *others)],
-        "same_class": float(np.mean(same)),
         "map_images": len(classes),
-        "map_correlation": float(correlation.mean()),
-        "map_sd_ratio": float(between / within),
-        "map_sd_between": float(between),
-        "map_sd_posterior": float(within),
+        **{name: float(values[0]) for name, values in found.items()},
+        "intervals": {name: asdict(interval(values, INTERVAL_LEVEL)) for name, values in found.items()},
     }

@@ -96,6 +96,12 @@ class RunState:
     def rows(self, split: str) -> np.ndarray:
         return np.flatnonzero(self.split == split)
 
+    @property
+    def test_patients(self) -> np.ndarray:
+        """Whose each test image is; itself, where no patient is named."""
+        patients, ids = self.patients, self.dataset.obs_ids
+        return np.array([patients[i] or ids[i] for i in self.rows("test")])
+
     @cached_property
     def backbone(self) -> Backbone:
         return Backbone.load(self.folder / "backbone.safetensors")[0].to(self.device)
