@@ -1,10 +1,10 @@
-"""A GPU that is not there: tensors that claim to lie on ``cuda:0`` and compute on the CPU, with what CUDA refuses refused.
+"""A GPU that is not there: tensors that claim to lie on ``cuda:0``, compute on the CPU and refuse what CUDA refuses.
 
-Inside ``stand_in_device()`` a machine without a GPU seems to have one. A ``TensorThere`` has CUDA's device below autograd,
-so every operator, whatever called it, is looked at on its way: tensors of two devices are refused unless CUDA takes them
-(scalars of the CPU in pointwise operators, indices on the CPU), and so are ``numpy`` of a tensor there, random numbers
-from a generator of the other device, products of whole numbers, and histograms. What remains is computed by the CPU in
-the same type, so the numbers must be the CPU's. Not imitated: other rounding, streams, memory, ``cuda:1``, NCCL.
+Inside ``stand_in_device()`` a machine without a GPU seems to have one. A ``TensorThere`` has CUDA's device below
+autograd, so every operator, whoever called it, is looked at on its way: tensors of two devices are refused unless CUDA
+takes them (scalars of the CPU in pointwise operators, indices on the CPU), and so are ``numpy`` of a tensor there, random
+numbers from a generator of the other device, products of whole numbers, and histograms. What remains is computed by the
+CPU in the same type, so the numbers must be the CPU's. Not imitated: other rounding, streams, memory, a second GPU, NCCL.
 """
 
 from __future__ import annotations
@@ -156,7 +156,12 @@ def _check(func, args, kwargs, given) -> None:
     if func in _INDEXED:
         values = args[2:3]
         allowed = [*tree_leaves(args[1]), *(value for value in values if value.dim() == 0)]
-    elif torch.Tag.pointwise in func.tags or packet in (_aten.where, _aten.masked_fill, _aten.masked_fill_, _aten.fill_):
+    elif torch.Tag.pointwise in func.tags or packet in (
+        _aten.where,
+        _aten.masked_fill,
+        _aten.masked_fill_,
+        _aten.fill_,
+    ):
         written = args[0] if func._schema.is_mutable else None
         allowed = [tensor for tensor in here if tensor.dim() == 0 and tensor is not written]
     else:
