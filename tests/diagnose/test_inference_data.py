@@ -136,6 +136,11 @@ def test_arviz_draws_what_it_reads(problem):
         for name in ("plot_trace", "plot_rank", "plot_forest"):
             assert getattr(az, name)(data, var_names=["bias_centred"]) is not None
         assert az.plot_energy(data) is not None
+        if hasattr(az, "plot_ecdf"):
+            one = get_dataset(data, "posterior")["bias_centred"].sel(label=CLASSES[0])
+            assert az.plot_ecdf(one.values.ravel()) is not None
+        else:  # ArviZ 1.x
+            assert az.plot_dist(data, var_names=["bias_centred"], kind="ecdf") is not None
         assert np.isfinite(az.rhat(data)["bias_centred"]).all()
         assert (az.ess(data)["bias_centred"] > 10).all()
 
