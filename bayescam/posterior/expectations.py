@@ -140,18 +140,11 @@ class Moments:
 
     Args:
         variances: E[p_nk (1 - p_nk)], (N, K).
-        products: E[p_na p_nb] >= 0 for a < b, (N, K(K-1)/2), where the structure is "full".
-        summed_products: sum_n w_n E[p_na p_nb] for a < b, (K(K-1)/2,) over all ranks, where it is "kron".
+        products: E[p_na p_nb] >= 0 for a < b, (N, K(K-1)/2); None where the structure is "diag".
     """
 
     variances: Tensor
     products: Tensor | None
-    summed_products: Tensor | None
-
-    @property
-    def spread(self) -> Tensor:
-        """E[tr Lambda_n] = sum_k E[p_nk (1 - p_nk)], (N,)."""
-        return self.variances.sum(1)
 
 
 def logit_scales(images: TrainingImages, covariance: Covariance) -> Tensor:
@@ -190,34 +183,22 @@ def expected_loss(
 
 def moments(images: TrainingImages, theta: Tensor, covariance: Covariance, scales: Tensor, rule: LogitRule) -> Moments:
     """E_q of p p^T at every image, as far as the structure of the covariance needs it."""
-    k, structure = images.num_classes, covariance.structure
+    k, in_pairs = images.num_classes, covariance.structure != "diag"
     a, b = torch.triu_indices(k, k, 1, device=images.device)
     variances, products = [], []
-    summed = torch.zeros(k, k, dtype=torch.float64, device=images.device)
-    for span, _, part in _parts(images, theta, covariance, scales, rule):
+    for _, _, part in _parts(images, theta, covariance, scales, rule):
         proba = part.relative.softmax(1)
         step = part.relative.sigmoid()
         added = part.share[:, None] * (part.pairs()[2] - part.but_label((step * (1 - step)) @ part.weights))
         weighted = proba * part.weights
         variances.append(((1 - proba) * weighted).sum(-1) + added + part.at_label(added.sum(1)))
-        if structure == "full":
+        if in_pairs:
             square = proba @ weighted.mT
             row = torch.arange(len(added), device=added.device)
             square[row, part.label] += added
             square[row, :, part.label] += added
             products.append(square[:, a, b].clamp(min=0))
-        elif structure == "kron":
-            if images.image_weights is not None:
-                weighted = weighted * images.image_weights[span, None, None].to(weighted)
-                added = added * images.image_weights[span, None].to(weighted)
-            summed += (proba.transpose(0, 1).flatten(1) @ weighted.transpose(0, 1).flatten(1).T).double()
-            rivals = torch.zeros_like(summed).index_add_(0, part.label, added.double())
-            summed += rivals + rivals.T
-    return Moments(
-        torch.cat(variances),
-        torch.cat(products) if structure == "full" else None,
-        images.total(summed)[a, b] if structure == "kron" else None,
-    )
+    return Moments(torch.cat(variances), torch.cat(products) if in_pairs else None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,23 +11,26 @@ image alone, hence
     E_q[grad U] = sum_n w_n (E[p_n] - y_n) phi~_n^T + tau m,
     E_q[Hessian U] = sum_n w_n E[diag p_n - p_n p_n^T] (x) phi~_n phi~_n^T + tau I,
 
-with expectations over K-dimensional Gaussians. For fixed Sigma the ELBO is concave in m: it is maximised over m
-by L-BFGS in coordinates whitened by Sigma. Sigma is a fixed point of weights -> Sigma -> expected weights,
-where the weights are, by structure,
+with expectations over K-dimensional Gaussians. For fixed Sigma the ELBO is concave in m: it is maximised over m by
+L-BFGS in coordinates whitened by Sigma. What determines Sigma^-1 = H + tau I, its natural parameters, is by structure
 
-    full   E[p_na p_nb], one for every image and pair of classes;
-           Sigma^-1 = sum_ab q_ab q_ab^T (x) G_ab(weights) + tau I
-    kron   mean_n E[p_na p_nb], the class factor, and E[tr Lambda_n], which weigh the feature factor; their product
-           has the trace of E_q[H]. An approximate fixed point: within the family only the mean is optimal.
-    diag   the precisions E_q[H_ii], the optimum of the mean-field family
+    full   E[p_na p_nb], one for every image and pair of classes: H = sum_ab q_ab q_ab^T (x) G_ab
+    kron   the factors of H = B (x) A; proposed are those of E_q[H]'s projection onto the family (``kronecker``)
+    diag   the precisions E_q[H_ii] + tau themselves
 
-all positive, so the iteration runs in their logarithms, accelerated by Anderson's method (Walker and Ni 2011),
-one curvature a step. ELBO, gradient and weights come from one rule (``expectations``). A step is kept only if the
-ELBO rises; one that does not is followed by a plain step, then by shorter ones. The end is where an undamped step
-moves the mean by less than a quarter of a posterior sd (the length of the whole step, over all parameters), changes
-the sds of the images' margins by less than 1 % (rms) and the ELBO by less than .05 nats. VBLL (Harrison, Willes and
-Snoek 2024) trains a Jensen bound of this ELBO with class-wise covariances by SGD, and IVON (Shen et al. 2024) a
-diagonal one; this is post hoc.
+and a step of length s moves them from where they are towards what is expected under q: a natural-gradient step (Khan
+and Lin 2017), whose fixed point is the optimum within each family. Newton's whole step, s = 1, overshoots: where the
+variance of a confident image's logits shrinks, so does its E[p_a p_b]. From Laplace's, far away, the first two steps
+are whole; the later ones are half as long for "full", 0.7 for "kron", and whole for "diag", whose parameters average
+over images. Two steps in a row show by the log sds of the images' margins how strongly the iteration pulls: if the
+second is (1 - s L) of the first, the next is at most 2 / (1 + L) long, which shrinks pulls of 1 and of L alike. A step
+is kept only if the ELBO rises; else it is halved.
+
+ELBO, gradient and expectations come from one rule (``expectations``). The end is where a step, divided by its length,
+moves the mean by less than a quarter of a posterior sd (over all parameters), changes the sds of the images'
+margins by less than 1 % (rms) and the ELBO by less than .05 nats. VBLL (Harrison, Willes and Snoek 2024) trains a
+Jensen bound of this ELBO with class-wise covariances by SGD, and IVON (Shen et al. 2024) a diagonal one; this is post
+hoc.
 """
 
 from __future__ import annotations
@@ -39,11 +42,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bayescam.parallel import size
-from bayescam.posterior.covariance import Covariance, DiagCovariance, KronCovariance, contrast_basis
-from bayescam.posterior.curvature import feature_gram, full_covariance
+from bayescam.posterior.covariance import Covariance, DiagCovariance, KronCovariance
+from bayescam.posterior.curvature import full_covariance
 from bayescam.posterior.expectations import LogitRule, Moments, expected_loss, logit_rule, logit_scales, moments
 from bayescam.posterior.images import TrainingImages, augment
+from bayescam.posterior.kronecker import covariance_of, projected_factors
 from bayescam.posterior.lbfgs import minimise
 
 if TYPE_CHECKING:
@@ -51,12 +54,11 @@ if TYPE_CHECKING:
 
 MAX_CURVATURES = 25
 TOLERANCES = (0.25, 0.01, 0.05)
-_ANDERSON_DEPTH = 6
+_WHOLE_STEPS = 2
+_LATER_STEP = {"full": 0.5, "kron": 0.7, "diag": 1.0}
 _SHORTEST_STEP = 1 / 16
-_FURTHEST = 5.0
 _MEAN_GRADIENT = (5e-3, 5e-2)
 _EVALUATIONS = 80
-_SMALLEST = 1e-30
 _POINTS = ((10_000, 128), (2_000, 256), (0, 512))
 
 
@@ -67,11 +69,12 @@ class Refinement:
     Args:
         elbo: after every step kept, the first being the start's.
         curvatures: how many Hessians (or their factors) were built.
-        mean_change: what the last undamped step changed: the mean, sqrt(d^T Sigma^-1 d) in posterior sds.
+        mean_change: what the last step, divided by its length, changed: the mean, sqrt(d^T Sigma^-1 d) in posterior
+            sds.
         sd_change: likewise the logarithms of the sds of the training images' margins f_k - f_y, rms.
         elbo_change: likewise the ELBO, in nats.
         rule_error: |ELBO by this rule - ELBO by one of twice as many other points|, in nats.
-        converged: whether the three changes were below ``TOLERANCES``, the step being a plain one.
+        converged: whether the three changes were below ``TOLERANCES``.
     """
 
     elbo: tuple[float, ...]
@@ -85,14 +88,14 @@ class Refinement:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """A Gaussian, its ELBO and gradient, the log weights that made its covariance and those expected under it."""
+    """A Gaussian, its ELBO and gradient, its covariance's natural parameters and those expected under it."""
 
     theta: Tensor
     covariance: Covariance
     scales: Tensor
     elbo: float
     gradient: Tensor
-    log_weights: Tensor
+    natural: Tensor
     proposal: Tensor
 
 
@@ -125,44 +128,50 @@ def refine(laplace: Laplace, images: TrainingImages, *, num_points: int | None =
 
 
 def _climb(problem: _Problem, state: _State) -> tuple[_State, Refinement]:
-    """Steps that raise the ELBO, until an undamped one changes nothing that matters."""
-    elbos = [state.elbo]
-    history: list[tuple[Tensor, Tensor]] = []
-    candidate, plain, step, built = state.proposal, True, 1.0, 0
+    """Steps that raise the ELBO, until one changes nothing that matters."""
+    images, later = problem.images, _LATER_STEP[state.covariance.structure]
+    elbos, step, built, last = [state.elbo], 1.0, 0, None
     while True:
-        trial = _try(problem, state, candidate)
+        trial = _try(problem, state, torch.lerp(state.natural, state.proposal, step))
         built += 1
-        history = [*history, (trial.log_weights, trial.proposal)][-_ANDERSON_DEPTH - 1 :]
-        if step == 1.0:
-            change = _change(problem.images, state, trial)
-        settled = all(abs(value) < limit for value, limit in zip(change, TOLERANCES, strict=True))
-        converged = settled and plain and step == 1.0
-        kept = trial.elbo >= state.elbo
-        if kept:
-            state, step = trial, 1.0
+        moved = _log_sd_change(images, state, trial) / step
+        pull = _pull(images, moved, last)
+        distance = trial.covariance.distance(trial.theta - state.theta)
+        change = distance / step, _rms(images, moved), (trial.elbo - state.elbo) / step
+        converged = all(abs(value) < limit for value, limit in zip(change, TOLERANCES, strict=True))
+        if trial.elbo >= state.elbo:
+            state, last = trial, (moved, step)
             elbos.append(state.elbo)
-            plain = settled or len(history) < 2
+            step = min(step, later if built >= _WHOLE_STEPS else 1.0)
+            if built > _WHOLE_STEPS + 1:
+                step = min(step, 2 / (1 + pull))
         else:
-            plain, step = True, step / 2 if plain else 1.0
+            step = step / 2
         if converged or built == MAX_CURVATURES or step < _SHORTEST_STEP:
             return state, Refinement(tuple(elbos), built, *change, 0.0, converged)
-        if not plain:
-            candidate = _anderson(problem.images, state.covariance, history)
-        elif step == 1.0:
-            candidate = state.proposal
-        else:
-            candidate = torch.logaddexp(state.log_weights + math.log1p(-step), state.proposal + math.log(step))
 
 
-def _change(images: TrainingImages, before: _State, after: _State) -> tuple[float, float, float]:
-    """Of the mean in posterior sds, of the log sds of the images' margins (rms), and of the ELBO."""
+def _log_sd_change(images: TrainingImages, before: _State, after: _State) -> Tensor:
+    """log of the ratio of the sds of this rank's margins f_k - f_y, (N, K); NaN where there is none."""
     old, new = (state.covariance.relative_variance(state.scales, images.labels) for state in (before, after))
-    own = torch.nn.functional.one_hot(images.labels, images.num_classes).bool() | (old <= 0) | (new <= 0)
-    ratio = (new / old).masked_fill(own, 1.0).double().log() / 2
-    sums = torch.stack([ratio.square().sum(), (~own).sum().to(ratio)])
+    own = torch.nn.functional.one_hot(images.labels, images.num_classes).bool()
+    return (new / old).masked_fill(own | (old <= 0) | (new <= 0), math.nan).double().log() / 2
+
+
+def _pull(images: TrainingImages, moved: Tensor, last: tuple[Tensor, float] | None) -> float:
+    """L, if a step of length s left (1 - s L) of the whole step before it: by least squares over the margins."""
+    if last is None:
+        return 0.0
+    before, step = last
+    along, own = images.total(torch.stack([(moved * before).nansum(), before.square().nansum()])).tolist()
+    return (1 - along / own) / step if own > 0 else 0.0
+
+
+def _rms(images: TrainingImages, moved: Tensor) -> float:
+    """Root mean square over all ranks' margins."""
+    sums = torch.stack([moved.square().nansum(), (~moved.isnan()).sum().to(moved)])
     squared, count = images.total(sums).tolist()
-    moved = after.covariance.distance(after.theta - before.theta)
-    return moved, math.sqrt(squared / max(count, 1.0)), after.elbo - before.elbo
+    return math.sqrt(squared / max(count, 1.0))
 
 
 def elbo(images: TrainingImages, theta: Tensor, covariance: Covariance, loss: float, prior_precision: float) -> float:
@@ -198,91 +207,47 @@ def maximise_mean(
     return theta + covariance.unwhiten(found)
 
 
-def _try(problem: _Problem, state: _State, log_weights: Tensor) -> _State:
+def _try(problem: _Problem, state: _State, natural: Tensor) -> _State:
     images, rule, tau = problem.images, problem.rule, problem.tau
-    covariance = _covariance(images, log_weights, state.covariance, tau)
+    covariance = _covariance(images, natural, state.covariance, tau)
     scales = logit_scales(images, covariance)
     theta = maximise_mean(images, state.theta, covariance, scales, rule, tau)
-    return _assess(problem, theta, covariance, scales, log_weights)
+    return _assess(problem, theta, covariance, scales, natural)
 
 
-def _assess(
-    problem: _Problem, theta: Tensor, covariance: Covariance, scales: Tensor, log_weights: Tensor | None
-) -> _State:
+def _assess(problem: _Problem, theta: Tensor, covariance: Covariance, scales: Tensor, natural: Tensor | None) -> _State:
     images, tau = problem.images, problem.tau
     loss, gradient = expected_loss(images, theta, covariance, scales, problem.rule)
     expected = moments(images, theta, covariance, scales, problem.rule)
-    proposal = _log_weights(images, covariance, expected, tau)
-    made_by = proposal if log_weights is None else log_weights
+    proposal = _natural(images, covariance, expected, tau)
     bound = elbo(images, theta, covariance, loss, tau)
+    made_by = proposal if natural is None else natural
     return _State(theta, covariance, scales, bound, gradient + tau * theta, made_by, proposal)
 
 
-def _log_weights(images: TrainingImages, covariance: Covariance, found: Moments, tau: float) -> Tensor:
-    """The logarithms of the weights that determine a covariance of this structure, in one vector."""
+def _natural(images: TrainingImages, covariance: Covariance, found: Moments, tau: float) -> Tensor:
+    """The natural parameters expected under q, in one vector."""
     if found.products is not None:
-        weights = found.products.flatten()
-    elif found.summed_products is not None:
-        weights = torch.cat([found.summed_products / images.weight(), found.spread.double()])
-    else:
-        weights = torch.zeros_like(covariance.diagonal())
-        for span, phi in images.chunks():
-            variance = found.variances[span]
-            if images.image_weights is not None:
-                variance = variance * images.image_weights[span, None].to(variance)
-            weights += (variance.T @ augment(phi).square()).double()
-        weights = (images.total(weights) + tau).flatten()
-    return weights.double().clamp(min=_SMALLEST).log()
+        if isinstance(covariance, KronCovariance):
+            return projected_factors(images, covariance, found.products)
+        return found.products.flatten()
+    precision = torch.zeros_like(covariance.diagonal())
+    for span, phi in images.chunks():
+        variance = found.variances[span]
+        if images.image_weights is not None:
+            variance = variance * images.image_weights[span, None].to(variance)
+        precision += (variance.T @ augment(phi).square()).double()
+    return (images.total(precision) + tau).flatten()
 
 
-def _covariance(images: TrainingImages, log_weights: Tensor, like: Covariance, tau: float) -> Covariance:
-    """The covariance that a vector of log weights determines."""
-    weights = log_weights.exp()
+def _covariance(images: TrainingImages, natural: Tensor, like: Covariance, tau: float) -> Covariance:
+    """The covariance of these natural parameters."""
     if isinstance(like, DiagCovariance):
-        return DiagCovariance(weights.reshape(like.precision.shape).clamp(min=tau), tau)
+        return DiagCovariance(natural.reshape(like.precision.shape).clamp(min=tau), tau)
     if isinstance(like, KronCovariance):
-        return _kron(images, weights, tau)
-    pairs = images.num_classes * (images.num_classes - 1) // 2
-    table = weights.clamp(max=0.25).reshape(-1, pairs).to(images.dtype)
+        return covariance_of(natural, images.num_classes, tau)
+    table = natural.clamp(max=0.25).reshape(len(images.labels), -1)
     return full_covariance(images, lambda span, _: table[span], tau)
-
-
-def _kron(images: TrainingImages, weights: Tensor, tau: float) -> KronCovariance:
-    """B = sum_ab beta_ab (e_a - e_b)(e_a - e_b)^T and A = sum_n w_n s_n phi~ phi~^T / mean s, of E_q[H]'s trace."""
-    k = images.num_classes
-    a, b = torch.triu_indices(k, k, 1, device=weights.device)
-    beta, spread = weights[: len(a)], weights[len(a) :]
-    laplacian = weights.new_zeros(k, k)
-    laplacian[a, b] = -beta
-    laplacian += laplacian.T.clone()
-    laplacian -= torch.diag(laplacian.sum(1))
-    own = spread if images.image_weights is None else spread * images.image_weights
-    mean = float(images.total(own.sum().reshape(1))) / images.weight()
-    values, vectors = torch.linalg.eigh(feature_gram(images, spread) / mean)
-    unit = torch.ones(k - 1).to(values)
-    bare = KronCovariance(contrast_basis(k, like=values), unit, vectors, values.clamp(min=0), tau)
-    return bare.with_classes(laplacian, 1.0)
-
-
-def _anderson(images: TrainingImages, covariance: Covariance, history: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Anderson's extrapolation of log weights x -> g(x): the combination of past steps with the least residual."""
-    points = torch.stack([x for x, _ in history], 1)
-    values = torch.stack([g for _, g in history], 1)
-    residual = values - points
-    sizes = _once(images, covariance, (points[:, -1].exp() + values[:, -1].exp()) / 2).unsqueeze(1)
-    change = residual.diff(dim=1)
-    system = images.total(
-        torch.cat([change, residual[:, -1:]], 1).T @ (sizes * torch.cat([change, residual[:, -1:]], 1))
-    )
-    mixing = torch.linalg.lstsq(system[:-1, :-1].cpu(), system[:-1, -1:].cpu(), driver="gelsd").solution.to(system)
-    return values[:, -1] - (values.diff(dim=1) @ mixing).squeeze(1).clamp(-_FURTHEST, _FURTHEST)
-
-
-def _once(images: TrainingImages, covariance: Covariance, sizes: Tensor) -> Tensor:
-    """Sizes of the weights, those of no single image divided by the ranks, which hold them all alike."""
-    pairs = images.num_classes * (images.num_classes - 1) // 2
-    common = {"full": 0, "kron": pairs, "diag": len(sizes)}[covariance.structure]
-    return torch.cat([sizes[:common] / size(images.group), sizes[common:]])
 
 
 def _result(laplace: Laplace, state: _State, record: Refinement) -> Laplace:

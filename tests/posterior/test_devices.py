@@ -22,6 +22,7 @@ from bayescam.posterior.curvature import (
 )
 from bayescam.posterior.expectations import LogitRule, NormalRule, logit_scales, moments
 from bayescam.posterior.images import TrainingImages, augment, check_images
+from bayescam.posterior.kronecker import projected_factors
 from bayescam.posterior.model import negative_log_joint
 from bayescam.posterior.nuts_potential import whitening_basis
 from bayescam.posterior.predictive import laplace_bridge, pairwise_probit
@@ -88,7 +89,10 @@ def test_expectations_stay_there_in_the_images_type(images, structure):
     is_there(scales, dtype=images.dtype)
     theta = torch.empty(K, E, dtype=torch.float64, device=THERE)
     found = moments(images, theta, sigma, scales, rule)
-    is_there(found.variances, found.spread, dtype=images.dtype)
+    is_there(found.variances, dtype=images.dtype)
+    if found.products is not None:
+        is_there(found.products, dtype=images.dtype)
+        is_there(projected_factors(images, sigma, found.products))
 
 
 def test_mps_is_refused_in_words():
