@@ -2,9 +2,9 @@
 
 Inside ``stand_in_device()`` a machine without a GPU seems to have one. A ``TensorThere`` has CUDA's device below
 autograd, so every operator, whoever called it, is looked at on its way: tensors of two devices are refused unless CUDA
-takes them (scalars of the CPU in pointwise operators, indices on the CPU), and so are ``numpy`` of a tensor there, random
-numbers from a generator of the other device, products of whole numbers, and histograms. What remains is computed by the
-CPU in the same type, so the numbers must be the CPU's. Not imitated: other rounding, streams, memory, a second GPU, NCCL.
+takes them (scalars of the CPU in pointwise operators, indices on the CPU), and so are ``numpy`` of a tensor there,
+random numbers from a generator of the other device, products of whole numbers, and histograms. What remains is computed
+by the CPU in the same type, so the numbers must be the CPU's. Not imitated: other rounding, streams, memory, NCCL.
 """
 
 from __future__ import annotations
