@@ -35,6 +35,7 @@ class TrainingImages:
         num_classes: K.
         image_weights: (N,) float64, the class weight of each image's label, or None for the plain likelihood.
         group: a torch.distributed process group over which all sums run, or None.
+        widened: take products in float64 whatever the features are.
     """
 
     features: Tensor | np.ndarray
@@ -42,6 +43,7 @@ class TrainingImages:
     num_classes: int
     image_weights: Tensor | None = None
     group: ProcessGroup | None = None
+    widened: bool = False
 
     @property
     def num_features(self) -> int:
@@ -53,8 +55,8 @@ class TrainingImages:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type the products over features are taken in: float64 for float64 features, else float32."""
-        wide = self.features.dtype in (torch.float64, np.dtype(np.float64))
+        """The type the products over features are taken in: float64 if widened or for such features, else float32."""
+        wide = self.widened or self.features.dtype in (torch.float64, np.dtype(np.float64))
         return torch.float64 if wide else torch.float32
 
     def chunks(self, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:

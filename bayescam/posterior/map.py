@@ -137,7 +137,8 @@ def find_map(
 ) -> MapEstimate:
     """The mode of the posterior, to a Newton decrement below ``tolerance`` posterior sds.
 
-    L-BFGS comes near; Newton steps by conjugate gradients, halved while -log joint rises, finish.
+    L-BFGS comes near; Newton steps by conjugate gradients, halved while -log joint rises, finish. Where float32
+    products hide the rest of the way, so that a step no longer halves the decrement, the last steps use float64.
 
     Args:
         images: the training images.
@@ -153,6 +154,7 @@ def find_map(
     zero = torch.zeros(images.num_classes, images.num_features + 1, dtype=torch.float64, device=images.device)
     coarse = _LBFGS_TOLERANCE * max(1.0, math.sqrt(zero.numel() / _FEW_PARAMETERS))
     theta = descend(images, whitener, zero if start is None else start, prior_precision, coarse)
+    previous = math.inf
     for _ in range(_NEWTON_STEPS):
         value, gradient = negative_log_joint(theta, images, prior_precision)
         curvature = class_curvature(images, probabilities_at(theta, images))
@@ -160,10 +162,14 @@ def find_map(
         step, decrement = newton_direction(theta, gradient, images, local, tolerance)
         if decrement < tolerance:
             return MapEstimate(theta, float(value), gradient, decrement)
+        if decrement > previous / 2 and images.dtype != torch.float64:
+            images, previous = replace(images, widened=True), math.inf
+            continue
+        previous = decrement
         theta = theta - _step_length(theta, step, float(value), images, prior_precision) * step
     raise ConvergenceError(
         f"the MAP is still {decrement:.3g} posterior sds away after {_NEWTON_STEPS} Newton steps, above "
-        f"{tolerance:.3g}; pass float64 features, standardise them, or raise prior_precision"
+        f"{tolerance:.3g}; standardise the features, or raise prior_precision"
     )
 
 

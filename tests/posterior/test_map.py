@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from bayescam.posterior import map as posterior_map
-from bayescam.posterior.curvature import feature_gram
+from bayescam.posterior.curvature import feature_gram, full_covariance, pair_products, probabilities_at
 from bayescam.posterior.images import check_images
-from bayescam.posterior.map import origin_solver, whitening
+from bayescam.posterior.map import find_map, origin_solver, whitening
+from bayescam.posterior.model import negative_log_joint
 
 K, D = 4, 6
 
@@ -36,3 +37,18 @@ def test_origin_solver_is_the_inverse_hessian_at_zero(images, limit, rtol, monke
         assert found.dtype == torch.float64
         torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
     assert float(origin_solver(whitener)(gradient).sum(0).abs().max()) < 1e-12
+
+
+def test_where_float32_hides_the_mode_the_last_steps_are_taken_in_float64():
+    """Far below what float32 products can tell, the mode is still found."""
+    phi, labels, tolerance = torch.randn(300, D), torch.arange(300) % K, 1e-9
+    low, wide = check_images(phi, labels), check_images(phi.double(), labels)
+    theta = find_map(low, 1.0, whitening(low), tolerance=tolerance).theta
+    proba = probabilities_at(theta, wide)
+    covariance = full_covariance(wide, lambda span, x: pair_products(proba(span, x)), 1.0)
+
+    def decrement(images):
+        return float(covariance.whiten_gradient(negative_log_joint(theta, images, 1.0)[1]).norm())
+
+    assert decrement(wide) < 1.2 * tolerance
+    assert decrement(low) > 100 * tolerance
