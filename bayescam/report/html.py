@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from bayescam.diagnose.diagnosis import diagnose_run
+from bayescam.errors import FileFormatError
 from bayescam.report.cam_panels import brief_caption, caption
 from bayescam.report.figures import cam_cases
 from bayescam.report.run_files import RunFiles
@@ -38,6 +39,7 @@ GALLERY = {
     "surest_wrong": "The surest of those that are wrong",
     "most_uncertain": "The most uncertain",
 }
+FIGURES = ("reliability", "risk_coverage", "confusion", "agreement", "weights", "scales", "trace", "training")
 HEADLINE_METRICS = ("accuracy", "nll", "ece", "brier")
 MORE_METRICS = {
     "accuracy_macro": "accuracy, mean over classes",
@@ -69,6 +71,7 @@ def contents(files: RunFiles) -> dict[str, Any]:
     """Everything the template shows, as plain values."""
     verdict = files.comparison["verdict"]
     diagnosis = diagnose_run(files.folder)
+    shown = gallery(files)
     settings = tomllib.loads((files.folder / "config.toml").read_text(encoding="utf-8"))
     return {
         "title": f"bayescam: {files.data['name']}",
@@ -88,8 +91,8 @@ def contents(files: RunFiles) -> dict[str, Any]:
         "tolerance": files.tolerance,
         "against": against_rows(files),
         "spoken": SPOKEN,
-        "figures": {path.stem: _data_uri(path) for path in sorted((files.folder / "figures").glob("*.png"))},
-        "gallery": gallery(files),
+        "figures": figures(files, shown),
+        "gallery": shown,
         "cams": {key: _plain(value) for key, value in files.cams.attrs.items()},
         "checks": diagnosis.checks,
         "passed": diagnosis.passed,
@@ -158,6 +161,16 @@ def class_rows(files: RunFiles) -> list[dict[str, Any]]:
         }
         for k, name in enumerate(files.classes)
     ]
+
+
+def figures(files: RunFiles, shown: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Every picture of the page as a data URI."""
+    names = [*FIGURES, *(case["figure"] for group in shown for case in group["cases"])]
+    found = {name: files.folder / "figures" / f"{name}.png" for name in names}
+    for path in found.values():
+        if not path.is_file():
+            raise FileFormatError(f"{path}: missing; restore it or run again")
+    return {name: _data_uri(path) for name, path in found.items()}
 
 
 def _plain(value: Any) -> Any:

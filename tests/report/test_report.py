@@ -152,6 +152,10 @@ class TestReport:
         (tmp_path / "r/metrics.json").unlink()
         with pytest.raises(BayescamError, match=r"metrics\.json"):
             write_report(tmp_path / "r")
+        shutil.copy(run_folder / "metrics.json", tmp_path / "r/metrics.json")
+        (tmp_path / "r/figures/case-2.png").unlink()
+        with pytest.raises(BayescamError, match=r"case-2\.png: missing"):
+            write_report(tmp_path / "r")
 
     def test_chromium_draws_it_without_a_word_or_a_request(self, run_folder, tmp_path):
         browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
