@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,17 @@ def _seeded():
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  third-party code in tests may use the global generator
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def gpu():
+    """The machine's GPU, or a stand-in where it has none."""
+    import torch
+
+    from .stand_in_device import stand_in_device
+
+    with nullcontext() if torch.cuda.is_available() else stand_in_device():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

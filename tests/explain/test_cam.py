@@ -324,10 +324,9 @@ def test_wrong_arguments_are_refused_in_words():
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_results_stay_on_the_maps_device(structure):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     posterior, _ = make(structure)
     maps = random_maps()
     there, here = CamPosterior(maps.cuda(), posterior), CamPosterior(maps, posterior)

@@ -323,7 +323,7 @@ def test_a_hundred_classes_make_no_matrix_of_all_parameters(structure):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_cuda_agrees_with_the_cpu(structure):
     phi, labels = problem()

@@ -322,11 +322,11 @@ def test_ctrl_c_reaches_the_workers_and_keeps_their_draws(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.usefixtures("gpu")
 def test_draws_on_a_gpu_stay_there():
     laplace, features, labels = fitted()
     run = sample_nuts(
-        laplace.to("cuda"), features.cuda(), labels.cuda(), num_chains=1, num_samples=20, num_warmup=20, progress=False
+        laplace.to("cuda"), features.cuda(), labels.cuda(), num_chains=1, num_samples=8, num_warmup=20, progress=False
     )
     assert run.draws.weight.is_cuda
     assert run.num_divergent == 0

@@ -123,7 +123,8 @@ def test_a_run_does_not_depend_on_the_number_of_workers(driver, settings, tiny, 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpu")
 def test_the_gpu_agrees_with_the_cpu():
     """Float64 heads and maps within 1e-6, float32 ones within 1e-3; a network's float32 features within 1e-3."""
     features, labels = _data()
