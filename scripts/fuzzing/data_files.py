@@ -214,6 +214,7 @@ def features(folder: Path) -> Reader:
     values, labels = np.random.default_rng(0).normal(size=(12, 3)), np.arange(12) % 3
     np.savez(folder / "plain.npz", features=values, labels=labels)
     np.savez_compressed(folder / "four.npz", features=values, labels=labels, test_features=values, test_labels=labels)
+    np.savez(folder / "owned.npz", features=values, labels=labels, patients=np.arange(12) // 2)
     np.savez(folder / "words.npz", features=values.astype(np.float32), labels=np.array(["a", "b", "é"])[labels])
     return _read_features
 
@@ -221,6 +222,7 @@ def features(folder: Path) -> Reader:
 def features_csv(folder: Path) -> Reader:
     rows = [f"{i * 0.5},{-i},{i % 3}" for i in range(12)]
     (folder / "named.csv").write_text("\n".join(["first,second,label", *rows]))
+    (folder / "owned.csv").write_text("\n".join(["first,patient,label", *rows]))
     (folder / "bare.csv").write_text("\n".join(row + "x" for row in rows))
     return _read_features
 
