@@ -65,6 +65,7 @@ def test_each_factor_is_the_least_squares_one(fitted):
         assert abs(inner(left_a, along)) < 1e-9 * size * inner(along, along) ** 0.5
 
 
+@pytest.mark.slow
 def test_no_other_factors_have_a_larger_elbo(fitted):
     """Each direction of B and A, the mean the best for it: the ELBO falls both ways."""
     images, fit, phi, labels = fitted

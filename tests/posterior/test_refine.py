@@ -21,7 +21,7 @@ from bayescam.posterior.expectations import (
 )
 from bayescam.posterior.images import augment, check_images
 from bayescam.posterior.laplace import STRUCTURES
-from bayescam.posterior.refine import MAX_CURVATURES, TOLERANCES, elbo, maximise_mean
+from bayescam.posterior.refine import MAX_CURVATURES, TOLERANCES, _pull, elbo, maximise_mean
 
 TAU = 0.3
 
@@ -227,8 +227,25 @@ def test_a_confident_network_s_features_reach_the_fixed_point():
     check_fixed_point(*clusters(450, 96, 6, torch.float32), "full")
 
 
-def check_fixed_point(phi, labels, structure):
-    fit = bc.fit_laplace(phi, labels, prior_precision=0.1, structure=structure)
+@pytest.mark.slow
+@pytest.mark.parametrize("structure", ["full", "kron"])
+def test_whole_steps_that_overshoot_are_damped(structure):
+    """Separable images at a weak prior, where every second whole step would lower the ELBO: few builds all the same."""
+    record = check_fixed_point(*clusters(150, 24, 6, torch.float32), structure, tau=0.01)
+    assert record.curvatures <= 10
+    assert len(record.elbo) >= record.curvatures
+
+
+def test_the_pull_is_what_a_step_leaves_of_the_one_before():
+    phi, labels = problem()
+    images, before = check_images(phi, labels), torch.randn(40, 3, dtype=torch.float64)
+    before[0] = math.nan
+    for step, pull in ((1.0, 0.8), (0.5, 2.5), (0.25, 3.0)):
+        assert _pull(images, (1 - step * pull) * before, (before, step)) == pytest.approx(pull)
+
+
+def check_fixed_point(phi, labels, structure, tau=0.1):
+    fit = bc.fit_laplace(phi, labels, prior_precision=tau, structure=structure)
     refined = fit.refine(phi, labels)
     record = refined.refinement
     assert record.converged, record
@@ -240,12 +257,13 @@ def check_fixed_point(phi, labels, structure):
     scales = logit_scales(images, covariance)
     if structure == "full":
         found = moments(images, refined.theta_mean, covariance, scales, rule).products
-        covariance = full_covariance(images, lambda span, _: found[span], 0.1)
+        covariance = full_covariance(images, lambda span, _: found[span], tau)
         scales = logit_scales(images, covariance)
-    theta = maximise_mean(images, refined.theta_mean, covariance, scales, rule, 0.1)
+    theta = maximise_mean(images, refined.theta_mean, covariance, scales, rule, tau)
     loss, _ = expected_loss(images, theta, covariance, scales, rule)
     assert covariance.distance(theta - refined.theta_mean) < 0.3
-    assert elbo(images, theta, covariance, loss, 0.1) == pytest.approx(refined.elbo, rel=2e-3, abs=0.05)
+    assert elbo(images, theta, covariance, loss, tau) == pytest.approx(refined.elbo, rel=2e-3, abs=0.05)
+    return record
 
 
 def test_refined_is_closer_to_the_exact_predictive():
