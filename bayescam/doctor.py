@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,6 +14,7 @@ from typing import Any
 
 from bayescam import __version__
 from bayescam.errors import UsageError
+from bayescam.storage import printable
 
 _PACKAGES = (
     "torch",
@@ -60,21 +62,26 @@ def resolve_device(device: str) -> str:
     """ "auto" is cuda where there is one, else cpu.
 
     Raises:
-        UsageError: the device that was asked for is not there.
+        UsageError: no such device, or it is not there, or not for so many ranks.
     """
     import torch
 
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda"):
-        try:
-            torch.zeros(1, device=device)
-        except (RuntimeError, AssertionError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"--device {device}: not usable here ({reason}); say --device cpu") from error
+    from bayescam.parallel import check_gpus
+
     if device == "mps":
         raise UsageError("--device mps: has no float64, which the posterior needs; say --device cpu")
-    return device
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UsageError(f"--device {printable(device)}: unknown; say auto, cpu, cuda or cuda:0")
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    used = "cuda" if device == "auto" else device
+    try:
+        torch.zeros(1, device=used)
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {device}: not usable here ({reason}); say --device cpu") from error
+    check_gpus(device)
+    return used
 
 
 def examine() -> list[Check]:

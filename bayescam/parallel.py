@@ -39,19 +39,20 @@ _T = TypeVar("_T")
 def joined() -> Iterator[ProcessGroup | None]:
     """The group of all ranks under ``torchrun``: gloo for tensors on the CPU, NCCL for those on GPUs; else None.
 
+    Where there is a GPU for each rank of this machine, the rank takes the one of its own number as ``cuda``.
     A rank waits for the others at most ``BAYESCAM_PATIENCE`` minutes (30). Of all ranks only the first that fails keeps
     its words: on the others the error is a ``RankError`` that was ``told``.
 
     Raises:
-        UsageError: the environment is not as ``torchrun`` makes it, or there are more ranks than GPUs.
+        UsageError: the environment is not as ``torchrun`` makes it.
         RankError: another rank died, failed or kept this one waiting too long.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _count("WORLD_SIZE") == 1:
         yield None
         return
-    cuda = torch.cuda.is_available()
+    cuda = 1 <= _count("LOCAL_WORLD_SIZE") <= torch.cuda.device_count()
     if cuda:
-        _take_gpu()
+        torch.cuda.set_device(_count("LOCAL_RANK", default=0))
     store = _begin("cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(minutes=_patience()))
     try:
         yield dist.group.WORLD
@@ -71,14 +72,32 @@ def _patience() -> float:
     return minutes
 
 
-def _take_gpu() -> None:
-    local, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if here > torch.cuda.device_count():
+def check_gpus(device: str) -> None:
+    """Refuse GPUs that ranks of ``torchrun`` would have to share; without it any.
+
+    Raises:
+        UsageError: ``device`` is one GPU by number, or there are more ranks than GPUs on this machine.
+    """
+    if _count("WORLD_SIZE") == 1:
+        return
+    if ":" in device:
         raise UsageError(
-            f"torchrun started {here} ranks for {torch.cuda.device_count()} GPUs; say --nproc-per-node "
-            f"{torch.cuda.device_count()}, or hide the GPUs (CUDA_VISIBLE_DEVICES=) and say --device cpu"
+            f"--device {device}: under torchrun each rank takes the GPU of its own number; say --device cuda"
         )
-    torch.cuda.set_device(local)
+    ranks, gpus = _count("LOCAL_WORLD_SIZE"), torch.cuda.device_count()
+    if ranks > gpus:
+        raise UsageError(
+            f"--device {device}: torchrun started {ranks} ranks, and GPUs here are {gpus}; say "
+            f"--nproc-per-node {gpus}, or --device cpu"
+        )
+
+
+def _count(name: str, *, default: int = 1) -> int:
+    """What ``torchrun`` says in the environment."""
+    given = os.environ.get(name, str(default))
+    if not given.isdecimal():
+        raise UsageError(f"{name}={given!r}: must be a whole number; start the ranks with torchrun")
+    return int(given)
 
 
 def _begin(backend: str, timeout: timedelta) -> dist.Store:

@@ -37,6 +37,7 @@ CALLS = """
 2 data.num_workers must be at most | run --num-workers 1000000 --out o
 2 seed must be below               | run --seed 1000000000000 --out o
 2 device must be auto, cpu or cuda | run --device tpu --out o
+2 --device cuda:x: unknown; say    | run --device cuda:x --out o
 2 --backbone                       | run --backbone os.system --out o
 2 lies among the images            | run --data one --out one/hand/run
 2 is a file                        | run --out file
