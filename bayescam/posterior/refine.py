@@ -114,8 +114,15 @@ def refine(laplace: Laplace, images: TrainingImages, *, num_points: int | None =
         images: the training images it was fitted on.
         num_points: T of the rule for what pairs of classes leave over; from 512 to 128, the fewer the more images
             there are for errors to average out over.
+
+    Raises:
+        ValueError: another number of images than the posterior was fitted to.
     """
-    num_points = num_points or next(points for least, points in _POINTS if images.count() >= least)
+    count = images.count()
+    if count != laplace.num_train:
+        raise ValueError(f"features holds {count} images, the posterior was fitted to {laplace.num_train}; give those")
+    if num_points is None:
+        num_points = next(points for least, points in _POINTS if count >= least)
     rule = logit_rule(images, laplace.theta_mean, laplace.covariance, num_points, 0)
     problem = _Problem(images, rule, laplace.prior_precision)
     scales = logit_scales(images, laplace.covariance)

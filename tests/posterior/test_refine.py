@@ -347,3 +347,7 @@ def test_other_features_are_refused():
     _, labels, fit = fitted()
     with pytest.raises(ValueError, match=r"features must be \(N, 2\)"):
         fit.refine(torch.randn(40, 3, dtype=torch.float64), labels)
+    with pytest.raises(ValueError, match="holds 30 images, the posterior was fitted to 40"):
+        fit.refine(torch.randn(30, 2, dtype=torch.float64), labels[:30])
+    with pytest.raises(ValueError, match="num_points is 0"):
+        fit.refine(torch.randn(40, 2, dtype=torch.float64), labels, num_points=0)
