@@ -26,7 +26,8 @@ from bayescam.config import read_config
 from bayescam.data.phantom.dataset import phantom_dataset
 from bayescam.data.pixels import Pixels
 from bayescam.diagnose.calibration import entropy, mutual_information
-from bayescam.diagnose.intervals import interval, ood_with_intervals, resampled_metrics
+from bayescam.diagnose.intervals import interval, resampled_metrics
+from bayescam.diagnose.uncertainty import ood_with_intervals
 from bayescam.posterior.laplace import load_laplace
 from bayescam.posterior.nuts import Nuts
 from bayescam.report.style import COLOURS, NAMES, named_ticks, new_figure, plain

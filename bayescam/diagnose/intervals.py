@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import csr_array
 
 METRICS = {
     "accuracy": "share of images whose most probable class is right",
@@ -91,7 +90,7 @@ def resampled_metrics(
         num_bins: of both ECEs and of the Brier decomposition.
         seed: of the draws.
     """
-    member, weights = _resamples(groups, num_resamples, np.random.default_rng(seed))
+    member, weights = resamples(groups, num_resamples, np.random.default_rng(seed))
     found = _evaluate(probs, labels, member, weights, num_bins)
     for name in _INFLATED:
         found[name][1:] = np.maximum(found[name][1:] - (found[name][1:].mean() - found[name][0]), 0)
@@ -100,80 +99,12 @@ def resampled_metrics(
 
 def resampled_mean(values: np.ndarray, groups: np.ndarray, *, num_resamples: int = 1000, seed: int = 0) -> np.ndarray:
     """The mean of values (N,) over the sample and over the same resamples as ``resampled_metrics``, (1 + R,)."""
-    member, weights = _resamples(groups, num_resamples, np.random.default_rng(seed))
+    member, weights = resamples(groups, num_resamples, np.random.default_rng(seed))
     sums, sizes = np.bincount(member, values), np.bincount(member)
     return (weights @ sums) / (weights @ sizes)
 
 
-def risk_band(
-    probs: np.ndarray,
-    labels: np.ndarray,
-    groups: np.ndarray,
-    *,
-    level: float = 0.9,
-    num_resamples: int = 300,
-    seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds of ``calibration.risk_coverage``: of the error among the n surest images, n = 1..N, (N,) each.
-
-    Patients are drawn anew; the order of the images by sureness is theirs in the sample.
-    """
-    order = np.argsort(-probs.max(1), kind="stable")
-    wrong = (probs.argmax(1) != labels)[order]
-    member, weights = _resamples(groups, num_resamples, np.random.default_rng(seed))
-    drawn = weights[1:, member[order]].astype(np.float32)
-    with np.errstate(invalid="ignore"):
-        risk = (drawn * wrong).cumsum(1) / drawn.cumsum(1)
-    tail = (1 - level) / 2
-    low, high = np.nanquantile(risk, [tail, 1 - tail], axis=0)
-    return low, high
-
-
-def ood_with_intervals(
-    inside: np.ndarray,
-    outside: np.ndarray,
-    inside_groups: np.ndarray,
-    outside_groups: np.ndarray,
-    *,
-    level: float = 0.9,
-    num_resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, Interval]:
-    """``calibration.ood_scores`` with percentile intervals: the patients of either side are drawn by themselves.
-
-    With the scores in order, AUROC = sum_u out(u) (in(< u) + in(u) / 2) / (N M) over the different scores u, where in
-    and out count the images of a resample; FPR95 = in(>= t) / N at the lower 5 % quantile t of the outside ones.
-
-    Args:
-        inside: uncertainty of images like the training images, (N,).
-        outside: of others, (M,).
-        inside_groups, outside_groups: (N,), (M,) names of patients.
-        level: of the intervals.
-        num_resamples: bootstrap draws.
-        seed: of the draws.
-    """
-    different, place = np.unique(np.concatenate([inside, outside]), return_inverse=True)
-    rng = np.random.default_rng(seed)
-    known, unknown = (
-        _counts(groups, places, len(different), num_resamples, rng)
-        for groups, places in ((inside_groups, place[: len(inside)]), (outside_groups, place[len(inside) :]))
-    )
-    num_known, num_unknown = known.sum(1), unknown.sum(1)
-    below = known.cumsum(1) - known
-    auroc = (unknown * (below + known / 2)).sum(1) / (num_known * num_unknown)
-    reached = unknown.cumsum(1) > np.floor(0.05 * (num_unknown - 1))[:, None]
-    flagged = num_known - below[np.arange(len(below)), reached.argmax(1)]
-    return {"auroc": interval(auroc, level), "fpr95": interval(flagged / num_known, level)}
-
-
-def _counts(groups: np.ndarray, places: np.ndarray, size: int, num: int, rng: np.random.Generator) -> np.ndarray:
-    """How many images of the sample and of each resample have each score, (1 + R, size)."""
-    member, weights = _resamples(groups, num, rng)
-    cells = csr_array((np.ones(len(places)), (member, places)), shape=(weights.shape[1], size))
-    return weights @ cells
-
-
-def _resamples(groups: np.ndarray, num: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def resamples(groups: np.ndarray, num: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Whose each image is, (N,), and how often each patient counts: once, then as drawn, (1 + R, G)."""
     names, member = np.unique(groups, return_inverse=True)
     drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=num)

@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bayescam.diagnose.calibration import consistency_band, reliability, risk_coverage
-from bayescam.diagnose.intervals import Interval, interval, resampled_mean, risk_band
+from bayescam.diagnose.intervals import Interval, interval, resampled_mean
 from bayescam.diagnose.selectors import Chosen, largest_effect, largest_shift, worst_rhat
+from bayescam.diagnose.uncertainty import risk_band
 from bayescam.report.cam_figures import scales_figure, strip_figure
 from bayescam.report.cam_panels import CasePanels, cell_panels, shared_limit, shared_spread
 from bayescam.report.run_files import RunFiles

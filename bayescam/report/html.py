@@ -40,6 +40,12 @@ GALLERY = {
     "most_uncertain": "The most uncertain",
 }
 FIGURES = ("reliability", "risk_coverage", "confusion", "agreement", "weights", "scales", "trace", "training")
+UNCERTAIN = {
+    "entropy": "entropy, nat",
+    "mutual_information": "mutual information, nat",
+    "entropy_finds_errors": "entropy finds errors, AUROC",
+    "mutual_information_finds_errors": "mutual information does, AUROC",
+}
 HEADLINE_METRICS = ("accuracy", "nll", "ece", "brier")
 MORE_METRICS = {
     "accuracy_macro": "accuracy, mean over classes",
@@ -88,6 +94,8 @@ def contents(files: RunFiles) -> dict[str, Any]:
         "rows": metric_rows(files),
         "more_rows": metric_rows(files, list(MORE_METRICS)),
         "more": MORE_METRICS,
+        "uncertainty": [{"method": NAMES.get(name, name), **row} for name, row in files.metrics["uncertainty"].items()],
+        "uncertain": UNCERTAIN,
         "tolerance": files.tolerance,
         "against": against_rows(files),
         "spoken": SPOKEN,

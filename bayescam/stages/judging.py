@@ -51,12 +51,14 @@ def predict(state: RunState) -> None:
         return
     with folder.stage("predict", ["predictions.nc", "metrics.json", "table.md"]):
         probabilities = _probabilities(state, part)
-        save_dataset(_predictions(state, part, probabilities), folder / "predictions.nc")
+        predictions = _predictions(state, part, probabilities)
+        save_dataset(predictions, folder / "predictions.nc")
         intervals = _intervals(state, part, probabilities)
         metrics = {
             "methods": {name: classification_metrics(p, part.labels) for name, p in probabilities.items()},
             "interval_level": INTERVAL_LEVEL,
             "intervals": {name: {m: asdict(one) for m, one in row.items()} for name, row in intervals.items()},
+            "uncertainty": _uncertainty(state, predictions),
             "num_test": len(part.labels),
             "num_train": len(state.rows("train")),
             "num_valid": len(state.rows("valid")),
@@ -75,6 +77,20 @@ def _intervals(state: RunState, part: Features, probabilities: dict[str, Tensor]
         name: metrics_with_intervals(probs.numpy(), part.labels.numpy(), groups, level=INTERVAL_LEVEL)
         for name, probs in probabilities.items()
     }
+
+
+def _uncertainty(state: RunState, predictions: Any) -> dict[str, dict[str, Any]]:
+    """Mean entropy and mutual information of every method, and how well they find its errors, with intervals."""
+    from bayescam.diagnose.uncertainty import uncertainty_with_intervals
+
+    found, groups = {}, state.test_patients
+    for name in METHODS:
+        own = predictions.sel(method=name)
+        information = own["mutual_information"].values if name == "nuts" or name in state.gaussians else None
+        wrong = own["probs"].values.argmax(1) != own["y"].values
+        row = uncertainty_with_intervals(own["entropy"].values, information, wrong, groups, level=INTERVAL_LEVEL)
+        found[name] = {key: asdict(one) for key, one in row.items()}
+    return found
 
 
 def _table(methods: dict[str, dict[str, Interval]], num_test: int) -> str:

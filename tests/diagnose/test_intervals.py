@@ -12,7 +12,6 @@ from bayescam.diagnose.calibration import (
     brier_decomposition,
     classification_metrics,
     equal_mass_ece,
-    ood_scores,
     per_class,
     risk_coverage,
 )
@@ -22,10 +21,8 @@ from bayescam.diagnose.intervals import (
     equal_mass,
     interval,
     metrics_with_intervals,
-    ood_with_intervals,
     resampled_mean,
     resampled_metrics,
-    risk_band,
 )
 
 
@@ -111,50 +108,12 @@ def test_an_interval_prints_its_three_numbers():
     assert f"{Interval(0.9044, 0.885, 0.9231):.3f}" == "0.904 [0.885, 0.923]"
 
 
-def test_ood_intervals_equal_a_loop_over_resamples():
-    rng = np.random.default_rng(5)
-    inside, outside = rng.normal(size=60).round(1), rng.normal(1.0, size=40).round(1)
-    inside_groups, outside_groups = np.arange(60) // 3, np.array([f"p{i // 2}" for i in range(40)])
-    found = ood_with_intervals(inside, outside, inside_groups, outside_groups, num_resamples=200, seed=2)
-    again = np.random.default_rng(2)
-    known, unknown = (again.multinomial(20, np.full(20, 0.05), size=200) for _ in range(2))
-    order = np.unique(outside_groups, return_inverse=True)[1]
-    loop = [
-        ood_scores(np.repeat(inside, a[inside_groups]), np.repeat(outside, b[order]))
-        for a, b in zip(known, unknown, strict=True)
-    ]
-    for name, value in ood_scores(inside, outside).items():
-        assert found[name].value == pytest.approx(value)
-        expected = np.quantile([row[name] for row in loop], [0.05, 0.95])
-        np.testing.assert_allclose([found[name].low, found[name].high], expected, rtol=1e-12)
-
-
-def test_ood_of_images_told_apart_entirely():
-    found = ood_with_intervals(np.arange(5.0), np.arange(5.0, 9.0), np.arange(5), np.arange(4), num_resamples=20)
-    assert (found["auroc"], found["fpr95"]) == (Interval(1, 1, 1), Interval(0, 0, 0))
-
-
 def test_every_interval_holds_its_number():
     rng = np.random.default_rng(7)
     probs = rng.dirichlet(np.full(4, 0.2), size=60)
     labels = (probs.cumsum(1) > rng.random((60, 1))).argmax(1)
     for name, one in metrics_with_intervals(probs, labels, np.arange(60) // 2).items():
         assert one.low <= one.value <= one.high, name
-
-
-def test_the_band_of_risk_and_coverage_equals_a_loop(problem):
-    probs, labels = (values[:60] for values in problem)
-    groups = np.arange(60) // 3
-    low, high = risk_band(probs, labels, groups, num_resamples=40, seed=4)
-    order = np.argsort(-probs.max(1), kind="stable")
-    wrong = (probs.argmax(1) != labels)[order]
-    drawn = np.random.default_rng(4).multinomial(20, np.full(20, 0.05), size=40)[:, groups[order]]
-    for n in (0, 10, 59):
-        kept = drawn[:, : n + 1]
-        risk = [(row * wrong[: n + 1]).sum() / row.sum() for row in kept if row.sum()]
-        assert [low[n], high[n]] == pytest.approx(np.quantile(risk, [0.05, 0.95]).tolist(), abs=1e-6)
-    _, risk = risk_coverage(probs, labels)
-    assert low[-1] <= risk[-1] <= high[-1]
 
 
 def test_the_mean_is_resampled_like_the_metrics(problem):

@@ -121,6 +121,12 @@ class TestReport:
             for key in ("total_variation", "agreement", "nll_difference", "ece_difference"):
                 assert f"{row[f'{key}_low']:.4f} to {row[f'{key}_high']:.4f}" in words
                 assert row[f"{key}_low"] <= row[key] <= row[f"{key}_high"]
+        for row in metrics["uncertainty"].values():
+            assert set(row) <= {f"{a}{b}" for a in ("entropy", "mutual_information") for b in ("", "_finds_errors")}
+            for one in row.values():
+                assert f"{one['low']:.4f} to {one['high']:.4f}" in words
+        assert "mutual_information" in metrics["uncertainty"]["nuts"]
+        assert "mutual_information" not in metrics["uncertainty"]["map"]
         surest = metrics["intervals"]["nuts"]["error_surest_80"]
         assert f"{surest['low']:.4f} to {surest['high']:.4f}" in words
 
