@@ -85,7 +85,7 @@ def _uncertainty(state: RunState, predictions: Any) -> dict[str, dict[str, Any]]
 
     found, groups = {}, state.test_patients
     for name in METHODS:
-        own = predictions.sel(method=name)
+        own = predictions.sel({"method": name})  # as a keyword, method= is how to match
         information = own["mutual_information"].values if name == "nuts" or name in state.gaussians else None
         wrong = own["probs"].values.argmax(1) != own["y"].values
         row = uncertainty_with_intervals(own["entropy"].values, information, wrong, groups, level=INTERVAL_LEVEL)
