@@ -16,7 +16,7 @@ _ELEMENTS = 1 << 24
 
 def entropy(probs: Tensor) -> Tensor:
     """H = -sum_k p_k log p_k in nats, with 0 log 0 = 0: (..., K) -> (...)."""
-    return -torch.xlogy(probs, probs).sum(-1)
+    return torch.special.entr(probs).sum(-1)
 
 
 def mutual_information(draws: Draws, features: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def classification_metrics(
     one_hot[rows, labels] = 1
     return {
         "accuracy": float(correct.mean()),
-        "nll": float(-np.log(np.maximum(probs[rows, labels], tiny)).mean()),
+        "nll": float(np.abs(np.log(np.maximum(probs[rows, labels], tiny))).mean()),
         "ece": float(np.abs(gaps).sum() / len(labels)),
         "brier": float(np.square(probs - one_hot).sum(1).mean()),
     }

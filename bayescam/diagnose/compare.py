@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bayescam.diagnose.convergence import Convergence, convergence, probability_convergence
 from bayescam.diagnose.importance import importance
-from bayescam.diagnose.intervals import interval, resampled_mean, resampled_metrics
+from bayescam.diagnose.intervals import Interval, interval, resampled_mean, resampled_metrics
 from bayescam.diagnose.weight_agreement import halves, weight_agreement
 from bayescam.notebook import html_table
 from bayescam.posterior.draws import Draws
@@ -224,7 +224,7 @@ def _with_bounds(name: str, values: np.ndarray) -> dict[str, float]:
 
 
 def _with_interval(row: Mapping[str, float], name: str) -> str:
-    return f"{row[name]:.4f} [{row[f'{name}_low']:.4f}, {row[f'{name}_high']:.4f}]"
+    return f"{Interval(row[name], row[f'{name}_low'], row[f'{name}_high']):.4f}"
 
 
 def _allowed(predictive: Mapping[str, Mapping[str, float]]) -> float:
@@ -265,7 +265,7 @@ def _close(row: Mapping[str, float], allowed: float) -> bool:
 
 def _distance(row: Mapping[str, float]) -> str:
     words = f"total variation {row['total_variation']:.4f}"
-    return words + (f", NLL {row['nll_difference']:+.4f}" if "nll_difference" in row else "")
+    return words + (f", NLL {row['nll_difference']:+z.4f}" if "nll_difference" in row else "")
 
 
 def _cams(maps: Tensor, gaussian: Laplace, draws: Draws) -> dict[str, float]:

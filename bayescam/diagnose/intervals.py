@@ -29,14 +29,17 @@ _INFLATED = ("ece", "ece_equal_mass", "brier_reliability", "brier_resolution")
 
 @dataclass(frozen=True)
 class Interval:
-    """A number of the sample and the quantiles of it under resampling; ``f"{one:.3f}"`` is "0.904 [0.885, 0.923]"."""
+    """A number of the sample and the quantiles of it under resampling; ``f"{one:.3f}"`` is "0.904 [0.885, 0.923]".
+
+    No number is printed as a negative zero.
+    """
 
     value: float
     low: float
     high: float
 
     def __format__(self, spec: str) -> str:
-        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+        return f"{self.value:z{spec}} [{self.low:z{spec}}, {self.high:z{spec}}]"
 
 
 def interval(values: np.ndarray, level: float = 0.9) -> Interval:

@@ -67,6 +67,7 @@ def write_report(run_folder: Path) -> Path:
     """
     files = RunFiles(run_folder)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["fixed"] = fixed
     source = package_files("bayescam.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     path = Path(run_folder) / "report.html"
     write_text(path, environment.from_string(source).render(contents(files)))
@@ -179,6 +180,11 @@ def figures(files: RunFiles, shown: Sequence[dict[str, Any]]) -> dict[str, str]:
         if not path.is_file():
             raise FileFormatError(f"{path}: missing; restore it or run again")
     return {name: _data_uri(path) for name, path in found.items()}
+
+
+def fixed(value: float, digits: int) -> str:
+    """A number with so many digits after the point, and no negative zero."""
+    return f"{value:z.{digits}f}"
 
 
 def _plain(value: Any) -> Any:

@@ -40,7 +40,7 @@ def write_model_card(run_folder: Path) -> Path:
         "|---|---|---|---|---|",
     ]
     for row in metric_rows(files):
-        cells = [f"{c['value']:.4f} [{c['low']:.4f}, {c['high']:.4f}]" for c in row["cells"]]
+        cells = [f"{c['value']:z.4f} [{c['low']:z.4f}, {c['high']:z.4f}]" for c in row["cells"]]
         lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
     lines += [
         "",

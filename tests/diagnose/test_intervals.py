@@ -11,6 +11,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from bayescam.diagnose.calibration import (
     brier_decomposition,
     classification_metrics,
+    entropy,
     equal_mass_ece,
     per_class,
     risk_coverage,
@@ -106,6 +107,15 @@ def test_the_same_patients_are_drawn_for_every_method(problem):
 
 def test_an_interval_prints_its_three_numbers():
     assert f"{Interval(0.9044, 0.885, 0.9231):.3f}" == "0.904 [0.885, 0.923]"
+
+
+def test_a_certain_method_prints_no_negative_zero():
+    assert f"{Interval(-1e-9, -0.0, 0.0):.4f}" == "0.0000 [0.0000, 0.0000]"
+    probs, labels = np.eye(3)[np.arange(12) % 3], np.arange(12) % 3
+    printed = [f"{one:.4f}" for one in metrics_with_intervals(probs, labels, np.arange(12)).values()]
+    printed += map(str, classification_metrics(probs, labels).values())
+    printed += map(str, entropy(torch.as_tensor(probs)).tolist())
+    assert not [words for words in printed if "-" in words]
 
 
 def test_every_interval_holds_its_number():

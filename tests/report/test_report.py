@@ -113,22 +113,22 @@ class TestReport:
         card = (run_folder / "MODEL_CARD.md").read_text()
         for row in metrics["methods"].values():
             for key in ("accuracy", "nll", "ece", "brier"):
-                assert f"{row[key]:.4f}" in words
-                assert f"{row[key]:.4f}" in card
+                assert f"{row[key]:z.4f}" in words
+                assert f"{row[key]:z.4f}" in card
         comparison = json.loads((run_folder / "comparison.json").read_text())
         assert comparison["words"] in words
         for row in comparison["predictive"].values():
             for key in ("total_variation", "agreement", "nll_difference", "ece_difference"):
-                assert f"{row[f'{key}_low']:.4f} to {row[f'{key}_high']:.4f}" in words
+                assert f"{row[f'{key}_low']:z.4f} to {row[f'{key}_high']:z.4f}" in words
                 assert row[f"{key}_low"] <= row[key] <= row[f"{key}_high"]
         for row in metrics["uncertainty"].values():
             assert set(row) <= {f"{a}{b}" for a in ("entropy", "mutual_information") for b in ("", "_finds_errors")}
             for one in row.values():
-                assert f"{one['low']:.4f} to {one['high']:.4f}" in words
+                assert f"{one['low']:z.4f} to {one['high']:z.4f}" in words
         assert "mutual_information" in metrics["uncertainty"]["nuts"]
         assert "mutual_information" not in metrics["uncertainty"]["map"]
         surest = metrics["intervals"]["nuts"]["error_surest_80"]
-        assert f"{surest['low']:.4f} to {surest['high']:.4f}" in words
+        assert f"{surest['low']:z.4f} to {surest['high']:z.4f}" in words
 
     def test_every_number_of_the_table_has_its_interval(self, run_folder):
         metrics = json.loads((run_folder / "metrics.json").read_text())
@@ -136,7 +136,7 @@ class TestReport:
         assert len(rows) == len(metrics["methods"])
         for row, found in zip(rows, metrics["intervals"].values(), strict=True):
             nll = found["nll"]
-            assert f"{nll['value']:.4f} [{nll['low']:.4f}, {nll['high']:.4f}]" in row
+            assert f"{nll['value']:z.4f} [{nll['low']:z.4f}, {nll['high']:z.4f}]" in row
             assert row.count("[") == 4
 
     def test_the_limits_say_how_far_another_training_moves(self, run_folder, tmp_path):
