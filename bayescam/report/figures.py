@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from bayescam.diagnose.calibration import consistency_band, reliability, risk_coverage
 from bayescam.diagnose.intervals import Interval, interval, resampled_mean
@@ -118,18 +119,21 @@ def agreement_figure(
     """
     figure = new_figure(3.4 + 2.9 * len(moments), 3.2)
     panels = figure.subplots(1, 1 + len(moments), width_ratios=[1.15, *[1] * len(moments)], squeeze=False)[0]
-    bars = plain(panels[0], title="Distance of predictions to NUTS", x="mean total variation", y="")
+    dots = plain(panels[0], title="Distance of predictions to NUTS", x="", y="")
     names = list(distances)
     values, low, high = np.array([(distances[n].value, distances[n].low, distances[n].high) for n in names]).T
-    bars.barh(range(len(names)), values, color=[COLOURS.get(n, INK) for n in names], height=0.6)
-    bars.hlines(range(len(names)), low, high, color=QUIET, linewidth=2.5)
-    named_ticks(bars, [NAMES.get(n, n) for n in names], axis="y")
-    bars.invert_yaxis()
-    bars.axvline(limit, color=INK, linewidth=1)
-    bars.axvline(floor, color=QUIET, linewidth=1, linestyle=":")
-    bars.set_xscale("symlog", linthresh=0.01)
-    bars.set_xlim(left=0)
-    bars.set_xlabel("mean total variation (line: close enough; dots: noise floor)", fontsize=8)
+    colours = [COLOURS.get(n, INK) for n in names]
+    dots.hlines(range(len(names)), low, high, color=colours, linewidth=2.5)
+    dots.scatter(values, range(len(names)), color=colours, s=22, zorder=3)
+    named_ticks(dots, [NAMES.get(n, n) for n in names], axis="y")
+    dots.invert_yaxis()
+    dots.axvline(limit, color=INK, linewidth=1)
+    dots.axvline(floor, color=QUIET, linewidth=1, linestyle=":")
+    dots.set_xscale("log")
+    dots.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    dots.xaxis.set_major_formatter("{x:g}")
+    dots.xaxis.set_minor_locator(NullLocator())
+    dots.set_xlabel("mean total variation (line: close enough; dotted: noise floor)", fontsize=8)
     for axes, (method, (mean, sd, nuts_mean, nuts_sd)) in zip(panels[1:], moments.items(), strict=True):
         plain(axes, title=f"Centred weights, {NAMES.get(method, method)}", x="NUTS", y="")
         reach = 1.05 * max(np.abs(mean).max(), np.abs(nuts_mean).max())
