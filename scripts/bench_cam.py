@@ -14,8 +14,10 @@ import argparse
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from _printed import kept
 from torch import Tensor
 
 import bayescam as bc
@@ -33,8 +35,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peers", action="store_true", help="time torch-cam and pytorch-grad-cam too")
+    parser.add_argument("--out", type=Path, help="folder for a file of what is printed")
     parsed = parser.parse_args()
     torch.set_num_threads(parsed.threads)
+    with kept(parsed.out, "bench_cam.md"):
+        measure(parsed)
+
+
+def measure(parsed: argparse.Namespace) -> None:
+    """Print the tables."""
     print(
         f"torch {torch.__version__}, {platform.machine()}, {parsed.threads} threads; D = {parsed.features}, "
         f"{parsed.cells} x {parsed.cells} cells, K = {parsed.classes}, batch {parsed.images}, float32 maps\n"

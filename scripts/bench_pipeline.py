@@ -15,22 +15,23 @@ import tempfile
 import time
 from pathlib import Path
 
+from _printed import kept
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", nargs="+", default=["quick", "standard"])
     parser.add_argument("--data", default="phantom")
-    parser.add_argument("--out", type=Path, help="keep the runs here (default: a temporary folder)")
+    parser.add_argument("--config", type=Path, help="settings over the preset's, as TOML")
+    parser.add_argument("--out", type=Path, help="folder for the runs and a file of what is printed")
     parsed = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, kept(parsed.out, "bench_pipeline.md"):
         for preset in parsed.preset:
             out = (parsed.out or Path(scratch)) / preset
+            command = [sys.executable, "-m", "bayescam", "run", "--data", parsed.data, "--preset", preset]
+            settings = ["--config", str(parsed.config)] if parsed.config else []
             begun = time.perf_counter()
-            subprocess.run(
-                [sys.executable, "-m", "bayescam", "run", "--data", parsed.data, "--preset", preset, "--out", str(out)],
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
+            subprocess.run([*command, *settings, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
             print_table(preset, json.loads((out / "timings.json").read_text()), time.perf_counter() - begun)
 
 

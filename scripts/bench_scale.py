@@ -8,7 +8,7 @@
 
 Every point is a process of its own (R of them under torchrun), one thread each unless --threads says otherwise, reading
 its features from a memory map. Seconds are rank 0's; memory is the largest rank's anonymous memory above what it was
-after the imports.
+after the imports. The first takes a minute or two, the others minutes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _printed import kept
 from PIL import Image
 from scaling import wide
 from scaling.model import STAGES, Hardware, Model, Workload, fit, messages, plan, terms
@@ -184,7 +185,6 @@ def devices(folder: Path) -> None:
 
 
 def main() -> None:
-    """Print what the options ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true", help="the cost model, its check and the plan for 10^9 images")
     parser.add_argument(
@@ -193,7 +193,14 @@ def main() -> None:
     parser.add_argument("--wide", choices=list(wide.SIZES), help="K = 1,000 (kron) or K = 7 (full), both at D = 2,048")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--folder", type=Path, help="where the features' files go (default: a temporary folder)")
+    parser.add_argument("--out", type=Path, help="folder for a file of what is printed")
     parsed = parser.parse_args()
+    with kept(parsed.out, "bench_scale.md"):
+        measure(parsed)
+
+
+def measure(parsed: argparse.Namespace) -> None:
+    """Print what the options ask for."""
     with tempfile.TemporaryDirectory(dir=parsed.folder) as name:
         folder = Path(name)
         if parsed.wide:

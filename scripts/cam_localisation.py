@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from _printed import kept
 from torch import Tensor
 
 import bayescam as bc
@@ -54,7 +56,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--mask", default="evidence", help="which of the phantom's masks is the truth")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder for a file of what is printed")
     parsed = parser.parse_args()
+    with kept(parsed.out, "cam_localisation.md"):
+        localise(parsed)
+
+
+def localise(parsed: argparse.Namespace) -> None:
+    """Train, explain, and print every table."""
     train = bc.open_dataset("phantom", num=parsed.train, seed=parsed.seed)
     test = bc.open_dataset("phantom", num=parsed.test, seed=parsed.seed + 1)
     model, random = fitted(train, parsed.epochs, parsed.seed), fitted(train, 0, parsed.seed)

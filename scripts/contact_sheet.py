@@ -1,6 +1,6 @@
-"""Draw docs/phantom.png: every part of the phantom, six patients each, beside the masks of their truth.
+"""What does the phantom look like? Draws docs/phantom.png: every part, six patients each, beside the true masks.
 
-python scripts/contact_sheet.py
+python scripts/contact_sheet.py                               # some seconds
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def sheet(parts: tuple[str, ...], patients: int, size: int, seed: int, difficult
 
 def main() -> None:
     """Write the sheet."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/phantom.png"))
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--patients", type=int, default=6)

@@ -1,4 +1,4 @@
-"""Seeded mutation fuzz of what bayescam reads: whatever the bytes, a reader answers or raises bayescam's own error.
+"""Can a file make a reader crash? Seeded mutation fuzz: whatever the bytes, it answers or raises bayescam's own error.
 
     python scripts/fuzz.py --rounds 200                 what tests/robustness/test_fuzz.py runs
     python scripts/fuzz.py --seconds 3600 --seed 7      the longer one

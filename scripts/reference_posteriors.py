@@ -1,11 +1,11 @@
-"""Reference posteriors of a small multinomial-logit family, by long runs under posteriordb's criteria.
+"""What is the posterior, to many digits? A small multinomial-logit family, by long runs under posteriordb's criteria.
 
     python scripts/reference_posteriors.py --out tests/posterior/reference
 
 Each JSON file says how the data are made, the model, the settings of the run, its diagnostics, and for every centred
 parameter and the log-likelihood the mean, sd, their Monte Carlo standard errors, and the 5, 50 and 95 % quantiles. The
 criteria (posteriordb, REFERENCE_POSTERIOR_DEFINITION.md): 10,000 kept draws, every R-hat below 1.01, every lag-1
-autocorrelation below .05 in size, E-BFMI above .2, no divergence. A run that misses one is not written.
+autocorrelation below .05 in size, E-BFMI above .2, no divergence. A run that misses one is not written. Takes minutes.
 """
 
 from __future__ import annotations

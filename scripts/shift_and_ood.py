@@ -86,17 +86,18 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=3, help="networks in the deep ensemble, 0 for none")
     parser.add_argument("--unknown", type=int, default=200, help="images of knees and feet")
     parser.add_argument("--limit", type=int, default=300, help="test images at most")
+    parser.add_argument("--seed", type=int, default=0, help="of the corruptions, the unknown parts, dropout and draws")
     parsed = parser.parse_args()
-    predict, pixels, labels, patients, rows = load(parsed.run, parsed.members)
+    predict, pixels, labels, patients, rows = load(parsed.run, parsed.members, parsed.seed)
     rows = rows[: parsed.limit]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(parsed.seed)
     clean, truth = pixels.batch(rows), (labels[rows], patients[rows])
     table = [{"corruption": "none", "severity": 0, **row} for row in score(predict, clean, *truth)]
     for name, corrupt in CORRUPTIONS.items():
         for severity in SEVERITIES:
             moved = corrupt(clean, severity, generator).clamp(0, 1)
             table += [{"corruption": name, "severity": severity, **row} for row in score(predict, moved, *truth)]
-    outside = phantom_dataset(parsed.unknown, 0, parts=("knee", "foot"))
+    outside = phantom_dataset(parsed.unknown, parsed.seed, parts=("knee", "foot"))
     images = outside.pixels(pixels.images.shape[1]).batch(np.arange(len(outside)))
     unknown = ood(predict, clean, images, patients[rows], np.array(outside.groups()))
     shift = [{**row, **{name: interval(row[name]) for name in METRICS}} for row in table]
@@ -145,7 +146,7 @@ def title(name: str) -> str:
     return OTHER_NAMES.get(name) or NAMES.get(name, name)
 
 
-def load(run: Path, members: int):
+def load(run: Path, members: int, seed: int):
     """What predicts, and the run's pixels, labels, patients and test rows.
 
     ``predict(images)`` gives each method's probabilities (N, K) and, where it has more than one set of weights, its
@@ -161,11 +162,11 @@ def load(run: Path, members: int):
 
     def gaussian(file):
         posterior = load_laplace(run / file)
-        draws = posterior.sample(DRAWS, seed=0)
+        draws = posterior.sample(DRAWS, seed=seed)
         return lambda images, phi: (posterior.predict_proba(phi), mutual_information(draws, phi))
 
     def dropped(images, phi):
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         keep = (torch.rand(PASSES, *phi.shape, generator=generator) >= DROPOUT) / (1 - DROPOUT)
         return mixed(torch.softmax(backbone.head(phi * keep), -1))
 
