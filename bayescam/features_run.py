@@ -404,7 +404,7 @@ def _markdown(metrics: dict[str, Any]) -> str:
     lines = [
         f"{metrics['num_train']} rows to train, {metrics['num_test']} to test, {metrics['num_features']} features, "
         f"{len(metrics['classes'])} classes, prior precision {metrics['prior_precision']:.4g}. In brackets the "
-        f"{metrics['interval_level']:.0%} bootstrap interval over {metrics['resampled']}"
+        f"{100 * metrics['interval_level']:.0f} % bootstrap interval over {metrics['resampled']}"
         + (", as the file names no patients." if metrics["resampled"] == "rows" else "."),
         "",
         "| method | accuracy | NLL | ECE | Brier |",

@@ -60,7 +60,7 @@ def test_command_line_leaves_the_verdict_and_every_file(features, tmp_path, caps
             assert interval["low"] < interval["high"]
     nll = metrics["intervals"]["nuts"]["nll"]
     assert f"| {nll['value']:.4f} [{nll['low']:.4f}, {nll['high']:.4f}] |" in said
-    assert "90% bootstrap interval over rows, as the file names no patients" in said
+    assert "90 % bootstrap interval over rows, as the file names no patients" in said
     diagnostics = json.loads((out / "diagnostics.json").read_text())
     assert diagnostics["nuts"]["num_divergent"] == 0
     assert diagnostics["nuts_hierarchical"]["tau"]["mean"] > 0

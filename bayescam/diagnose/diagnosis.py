@@ -122,7 +122,8 @@ def diagnose_run(folder: Path) -> Diagnosis:
         comparison = read_json(folder / "comparison.json")
         checks += importance_checks(comparison, load_laplace(gaussian))
         checks += comparison_checks(comparison)
-    return Diagnosis(str(folder), tuple(checks))
+    subjects = [check.subject for check in checks]
+    return Diagnosis(str(folder), tuple(sorted(checks, key=lambda check: subjects.index(check.subject))))
 
 
 def nuts_checks(path: Path) -> list[Check]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from bayescam.report.cam_panels import percent
 from bayescam.report.style import COLOURS, INK, NAMES, QUIET, new_figure, plain
 
 
@@ -36,7 +37,7 @@ def coverage_figure(shares: Mapping[str, Mapping[str, np.ndarray]], levels: Sequ
                 color=COLOURS.get(name, QUIET),
                 label=NAMES.get(name, name),
             )
-        axes.set_xticks(range(len(levels)), [f"{level:.0%}" for level in levels])
+        axes.set_xticks(range(len(levels)), [percent(level) for level in levels])
         axes.set_xlim(-0.5, len(levels) - 0.5)
     panels[0].set_ylabel("coverage less stated, percentage points\n(above 0: wider than need be)", fontsize=9)
     handles, names = panels[0].get_legend_handles_labels()

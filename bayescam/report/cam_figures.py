@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from bayescam.data.pixels import Geometry
 from bayescam.explain.cam import CamPosterior
-from bayescam.report.cam_panels import CasePanels, caption, case_panels, shared_limit, shared_spread
+from bayescam.report.cam_panels import CasePanels, caption, case_panels, percent, shared_limit, shared_spread
 from bayescam.report.cam_tiles import (
     CHANCE,
     INK,
@@ -113,8 +113,8 @@ def draw_case(
     else:
         _bar(bars[1], SIGNED, Normalize(-limit, limit), "logits")
     _bar(bars[2], SPREAD, Normalize(0, spread), "logits")
-    jointly = "" if case.joint is None else f"; solid: {level:.0%} jointly"
-    _bar(bars[3], CHANCE, Normalize(0, 1), f"probability\ndashed: {level:.0%} at each point{jointly}")
+    jointly = "" if case.joint is None else f"; solid: {percent(level)} jointly"
+    _bar(bars[3], CHANCE, Normalize(0, 1), f"probability\ndashed: {percent(level)} at each point{jointly}")
     if case.probabilities is not None:
         _probabilities(panels[4], case)
     _words(bottom, caption(case, level=level), width=int(17 * figure.get_figwidth()))
@@ -154,14 +154,14 @@ def gallery_figure(
 
 def strip_figure(case: CasePanels, *, limit: float, spread: float, level: float = 0.9) -> Figure:
     """One radiograph's four tiles in a row, on the scales of ``scales_figure``; arguments as in ``draw_case``."""
-    figure = _figure(6.5, 1.8)
+    figure = _figure(5.6, 1.6)
     _strip(figure.subplots(1, 4), case, limit, spread, level)
     return figure
 
 
 def scales_figure(*, limit: float, spread: float, level: float = 0.9, joint: bool = True) -> Figure:
     """The colour scales that many ``strip_figure`` share."""
-    figure = _figure(13, 1.0)
+    figure = _figure(9.2, 1.0)
     _scales(figure, figure, limit, spread, level, joint)
     return figure
 
@@ -180,7 +180,7 @@ def _scales(figure: Figure, place: Any, limit: float, spread: float, level: floa
     named = (
         (SIGNED, Normalize(-limit, limit), "mean evidence, logits\n(0: the average class)"),
         (SPREAD, Normalize(0, spread), "posterior sd, logits"),
-        (CHANCE, Normalize(0, 1), f"P(evidence > 0)\ncontours at {level:.0%}"),
+        (CHANCE, Normalize(0, 1), f"P(evidence > 0)\ncontours at {percent(level)}"),
     )
     for axis, (colours, norm, text) in zip(bars, named, strict=True):
         axis.set_axis_off()
@@ -194,7 +194,7 @@ def _scales(figure: Figure, place: Any, limit: float, spread: float, level: floa
         )
         bar.set_label(text, fontsize=8)
         bar.ax.tick_params(labelsize=7)
-    words.legend(handles=contour_handles(level, joint), loc="center", fontsize=7, frameon=False)
+    words.legend(handles=contour_handles(level, joint), loc="center", fontsize=8, frameon=False)
 
 
 def _figure(width: float, height: float) -> Figure:

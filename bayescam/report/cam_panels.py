@@ -164,6 +164,11 @@ def cell_panels(
     )
 
 
+def percent(share: float) -> str:
+    """A share in whole percent."""
+    return f"{100 * share:.0f} %"
+
+
 def caption(case: CasePanels, *, level: float = 0.9) -> str:
     """The facts of the picture in words, for a reader who cannot see it or its colours."""
     name, (h, w) = case.classes[case.label], case.cells
@@ -181,15 +186,17 @@ def caption(case: CasePanels, *, level: float = 0.9) -> str:
             f"{case.sd[peak]:.2f} logits (mean ± sd), above 0 with probability {case.above[peak]:.2f}; "
             f"it ranges from {case.mean.min():+.2f} to {case.mean.max():+.2f}."
         )
-        alone = f"Above 0 with probability {level:.0%} or more: {(case.above >= level).mean():.0%} of the picture"
+        alone = (
+            f"Above 0 with probability {percent(level)} or more: {percent((case.above >= level).mean())} of the picture"
+        )
         if case.joint is not None:
-            alone += f" point by point (dashed), {(case.joint >= level).mean():.0%} jointly (solid)"
+            alone += f" point by point (dashed), {percent((case.joint >= level).mean())} jointly (solid)"
         parts.append(alone + ".")
     if case.doubt is not None:
         most = np.unravel_index(int(case.doubt.argmax()), (3, 3))
         parts.append(
-            f"What makes the model unsure of {name} lies most {_place(most, (3, 3))}: {case.doubt.max():.0%} of the "
-            "variance of the map's mean, a ninth if it were spread evenly."
+            f"What makes the model unsure of {name} lies most {_place(most, (3, 3))}: {percent(case.doubt.max())} of "
+            "the variance of the map's mean, a ninth if it were spread evenly."
         )
     if case.marker is not None:
         parts.append(f"The lead marker speaks for {name} more than the bones do with probability {case.marker:.2f}.")
@@ -213,11 +220,11 @@ def brief_caption(case: CasePanels, *, level: float = 0.9) -> str:
         parts.append("The map is flat: no part of the picture speaks for the class more than another.")
     else:
         peak = np.unravel_index(int(case.mean.argmax()), case.mean.shape)
-        jointly = "" if case.joint is None else f" cell by cell, {(case.joint >= level).mean():.0%} jointly"
+        jointly = "" if case.joint is None else f" cell by cell, {percent((case.joint >= level).mean())} jointly"
         parts.append(
             f"Most evidence for {name} {_place(peak, case.mean.shape)}, {case.mean[peak]:+.1f} ± {case.sd[peak]:.1f}"
-            f" logits; with {level:.0%} probability {(case.above >= level).mean():.0%} of the picture speaks for it"
-            f"{jointly}."
+            f" logits; with {percent(level)} probability {percent((case.above >= level).mean())} of the picture "
+            f"speaks for it{jointly}."
         )
     if case.doubt is not None:
         most = np.unravel_index(int(case.doubt.argmax()), (3, 3))

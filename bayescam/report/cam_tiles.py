@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from scipy.ndimage import gaussian_filter
 
-from bayescam.report.cam_panels import CasePanels
+from bayescam.report.cam_panels import CasePanels, percent
 
 SIGNED, SPREAD, CHANCE = "RdBu_r", "cividis", "PuOr_r"
 SURE = (0.75, 0.9, 0.975)
@@ -76,8 +76,8 @@ def draw_chance(axis: Axes, case: CasePanels, level: float, title: str) -> None:
 
 def contour_handles(level: float, joint: bool) -> list[Line2D]:
     """What the outlines mean, for a legend."""
-    dashed = Line2D([], [], color="black", linestyle="dashed", linewidth=1.2, label=f"{level:.0%} at each point")
-    solid = Line2D([], [], color="black", linewidth=1.2, label=f"{level:.0%} jointly")
+    dashed = Line2D([], [], color="black", linestyle="dashed", linewidth=1.2, label=f"{percent(level)} at each point")
+    solid = Line2D([], [], color="black", linewidth=1.2, label=f"{percent(level)} jointly")
     return [dashed, solid] if joint else [dashed]
 
 

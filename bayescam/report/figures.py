@@ -30,17 +30,17 @@ def reliability_figure(probs: Mapping[str, np.ndarray], labels: np.ndarray) -> F
         probs: method -> (N, K).
         labels: (N,).
     """
-    figure = new_figure(2.6 * len(probs), 3.1)
+    figure = new_figure(2.0 * len(probs), 2.5)
     panels = figure.subplots(1, len(probs), squeeze=False)[0]
     for axes, (method, values) in zip(panels, probs.items(), strict=True):
         bins = reliability(values, labels)
         low, high = consistency_band(values)
         shown = bins.count > 0
-        plain(axes, title=f"{NAMES.get(method, method)}  ECE {bins.ece:.3f}", x="confidence", y="")
+        plain(axes, title=f"{NAMES.get(method, method)}\nECE {bins.ece:.3f}", x="confidence", y="")
         axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle=":")
         axes.vlines(bins.confidence[shown], low[shown], high[shown], color="#d9d9d9", linewidth=7)
-        size = 12 + 90 * bins.count[shown] / bins.count.max()
-        axes.scatter(bins.confidence[shown], bins.accuracy[shown], s=size, color=COLOURS.get(method, INK), zorder=3)
+        where, size = (bins.confidence[shown], bins.accuracy[shown]), 10 + 50 * bins.count[shown] / bins.count.max()
+        axes.scatter(*where, s=size, color=COLOURS.get(method, INK), zorder=3, clip_on=False)
         axes.set_xlim(0, 1.02)
         axes.set_ylim(0, 1.02)
     panels[0].set_ylabel("share correct", fontsize=9)
@@ -57,7 +57,7 @@ def risk_coverage_figure(
         labels: (N,).
         band: a method and the bounds of its error at each share kept, (N,) each.
     """
-    figure = new_figure(6.4, 3.2)
+    figure = new_figure(4.8, 4)
     axes = plain(figure.subplots(), title="Handing over the least sure images", x="share kept", y="error among them")
     for method, values in probs.items():
         coverage, risk = risk_coverage(values, labels)
@@ -67,7 +67,7 @@ def risk_coverage_figure(
         axes.fill_between(coverage, low, high, color=COLOURS.get(method, INK), alpha=0.15, linewidth=0)
     axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    axes.legend(loc="upper left", fontsize=8, frameon=False)
     return figure
 
 
@@ -94,7 +94,7 @@ def confusion_figure(probs: np.ndarray, labels: np.ndarray, classes: Sequence[st
 
 def training_figure(history: Mapping[str, np.ndarray]) -> Figure:
     """Loss and accuracy of the network by epoch."""
-    figure = new_figure(6.4, 2.7)
+    figure = new_figure(5.2, 2.7)
     left, right = figure.subplots(1, 2)
     plain(left, title="Cross-entropy", x="epoch", y="nat")
     plain(right, title="Accuracy", x="epoch", y="share")
@@ -135,7 +135,7 @@ def agreement_figure(
     dots.xaxis.set_minor_locator(NullLocator())
     dots.set_xlabel("mean total variation (line: close enough; dotted: noise floor)", fontsize=8)
     for axes, (method, (mean, sd, nuts_mean, nuts_sd)) in zip(panels[1:], moments.items(), strict=True):
-        plain(axes, title=f"Centred weights, {NAMES.get(method, method)}", x="NUTS", y="")
+        plain(axes, title="Centred weights", x="NUTS", y=NAMES.get(method, method))
         reach = 1.05 * max(np.abs(mean).max(), np.abs(nuts_mean).max())
         axes.plot([-reach, reach], [-reach, reach], color=QUIET, linewidth=1, linestyle=":")
         axes.errorbar(
@@ -198,7 +198,7 @@ def trace_figure(lp: np.ndarray, energy: np.ndarray) -> Figure:
     Args:
         lp, energy: (C, S).
     """
-    figure = new_figure(6.4, 2.8)
+    figure = new_figure(5.2, 2.8)
     left, right = figure.subplots(1, 2, width_ratios=[2, 1])
     plain(left, title="Log joint by draw, one line a chain", x="draw", y="nat")
     for chain, values in enumerate(lp):

@@ -43,8 +43,8 @@ FIGURES = ("reliability", "risk_coverage", "confusion", "agreement", "weights", 
 UNCERTAIN = {
     "entropy": "entropy, nat",
     "mutual_information": "mutual information, nat",
-    "entropy_finds_errors": "entropy finds errors, AUROC",
-    "mutual_information_finds_errors": "mutual information does, AUROC",
+    "entropy_finds_errors": "errors found by entropy, AUROC",
+    "mutual_information_finds_errors": "by mutual information, AUROC",
 }
 HEADLINE_METRICS = ("accuracy", "nll", "ece", "brier")
 MORE_METRICS = {

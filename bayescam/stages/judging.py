@@ -95,8 +95,8 @@ def _uncertainty(state: RunState, predictions: Any) -> dict[str, dict[str, Any]]
 
 def _table(methods: dict[str, dict[str, Interval]], num_test: int) -> str:
     lines = [
-        f"Test split, {num_test} images; in brackets the {INTERVAL_LEVEL:.0%} bootstrap interval over patients. ECE: 15"
-        " bins of equal width. NLL in nats, lower is better.",
+        f"Test split, {num_test} images; in brackets the {100 * INTERVAL_LEVEL:.0f} % bootstrap interval over patients."
+        " ECE: 15 bins of equal width. NLL in nats, lower is better.",
         "",
         "| method | accuracy | NLL | ECE | Brier |",
         "|---|---|---|---|---|",

@@ -180,8 +180,8 @@ def test_the_brief_caption_leaves_out_what_is_true_of_all():
     mean[2, 25] = 4.25
     case = _case(mean=mean, sd=np.full((30, 30), 0.5), above=(mean > 0).astype(float), joint=None, doubt=None)
     assert brief_caption(replace(case, marker=0.031), level=0.9) == (
-        "Predicted hand 0.70, wrist 0.20. Most evidence for hand at the top right, +4.2 ± 0.5 logits; with 90% "
-        "probability 0% of the picture speaks for it. Marker before bones: 0.03."
+        "Predicted hand 0.70, wrist 0.20. Most evidence for hand at the top right, +4.2 ± 0.5 logits; with 90 % "
+        "probability 0 % of the picture speaks for it. Marker before bones: 0.03."
     )
     whole = _case()
     assert "cell by cell, " in brief_caption(whole)
@@ -208,7 +208,7 @@ def test_the_caption_says_what_makes_the_model_unsure():
     # The cells are quarters and the places thirds of a side: a corner cell lies in one place, others are shared out.
     assert case.doubt[0].tolist() == pytest.approx([0, 0, 0.75])
     assert case.doubt[:, 0].tolist() == pytest.approx([0, 1 / 4 * 2 / 3, 1 / 4 * 1 / 3])
-    assert "unsure of elbow lies most at the top right of the picture: 75% of the variance" in caption(case)
+    assert "unsure of elbow lies most at the top right of the picture: 75 % of the variance" in caption(case)
     nothing = cell_panels(
         np.zeros((9, 9)), np.eye(4), np.eye(4), label=0, classes=CLASSES, attribution=np.zeros((4, 4))
     )
@@ -226,7 +226,7 @@ def test_cells_are_shown_as_they_are_where_only_their_moments_are_known():
     assert "interpolated" not in caption(case)
     assert "jointly" not in caption(case)
     jointly = cell_panels(np.zeros((20, 20)), mean, sd, label=0, classes=CLASSES, joint=np.array([[0.1, 0], [0, 0.99]]))
-    assert "25% of the picture point by point (dashed), 25% jointly (solid)" in caption(jointly)
+    assert "25 % of the picture point by point (dashed), 25 % jointly (solid)" in caption(jointly)
     draw_case(jointly).canvas.draw()
     draw_case(case).canvas.draw()
 
