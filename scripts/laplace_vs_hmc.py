@@ -89,7 +89,7 @@ def draw(rows):
     for line, n in zip(figure.subplots(len(sizes), 3, squeeze=False), sizes, strict=True):
         for axes, (measure_name, words) in zip(line, MEASURES.items(), strict=True):
             plain(axes, title=f"n = {n}", x="prior precision tau", y=words)
-            for name in METHODS:
+            for name in METHODS[:-1] if measure_name == "tv" else METHODS:
                 own = [row for row in rows if row["n"] == n and row["method"] == name]
                 taus, found = [row["tau"] for row in own], [row[measure_name] for row in own]
                 width = 2.5 if name == "nuts" else 1.2
@@ -98,7 +98,10 @@ def draw(rows):
                 )
                 axes.vlines(taus, [one.low for one in found], [one.high for one in found], color=COLOURS[name], lw=0.8)
             axes.set_xscale("log")
-            axes.set_ylim(bottom=0)
+            if measure_name == "tv":
+                axes.set_yscale("log")
+            else:
+                axes.set_ylim(bottom=0)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(METHODS), fontsize=8, frameon=False)
     return figure

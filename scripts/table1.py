@@ -72,7 +72,7 @@ def make_table(folder: Path, seed: int) -> str:
     methods["nuts_hierarchical"], seconds["nuts_hierarchical"] = hierarchical(folder, seed, metrics["interval_level"])
     lines = [
         f"{metrics['num_train']} training, {metrics['num_test']} test images; tau = {metrics['prior_precision']:.3g}. "
-        f"In brackets the {100 * metrics['interval_level']:.0f} % bootstrap interval over patients.",
+        f"In brackets the {100 * metrics['interval_level']:.0f} % bootstrap interval over {metrics['resampled']}.",
         "Right: the study on MURA, whose prior was tuned on the test set.",
         "",
         "| method | accuracy | NLL | ECE | fit and tuning, s | study: accuracy | NLL | ECE | fit + tuning |",

@@ -91,6 +91,7 @@ def contents(files: RunFiles) -> dict[str, Any]:
         "data": files.data,
         "equal": files.data.get("equal_across_splits", []),
         "classes": class_rows(files),
+        "resampled": files.resampled,
         "metrics": files.metrics,
         "rows": metric_rows(files),
         "more_rows": metric_rows(files, list(MORE_METRICS)),

@@ -26,7 +26,7 @@ def write_model_card(run_folder: Path) -> Path:
         "Not a medical device, not for clinical use.",
         "",
         f"**Data.** {data['num_images']} images, {len(files.classes)} classes"
-        f" ({', '.join(map(_plain, files.classes))}), split by patient: train {metrics['num_train']},"
+        f" ({', '.join(map(_plain, files.classes))}), split by {files.resampled}: train {metrics['num_train']},"
         f" valid {metrics['num_valid']}, test {metrics['num_test']}. Licence: {_plain(data['licence'])}.",
         "",
         "**Model.** A convolutional network, trained and frozen; its last linear layer has a Gaussian prior of"
@@ -34,7 +34,8 @@ def write_model_card(run_folder: Path) -> Path:
         "",
         f"**Verdict.** {HEADLINES[files.comparison['verdict']]} {_plain(files.comparison['words'])}",
         "",
-        f"**Test split.** {metrics['num_test']} images; in brackets the 90 % bootstrap interval over patients.",
+        f"**Test split.** {metrics['num_test']} images; in brackets the 90 % bootstrap interval over"
+        f" {files.resampled}.",
         "",
         "| method | accuracy | NLL, nat | ECE, 15 bins | Brier |",
         "|---|---|---|---|---|",

@@ -63,6 +63,11 @@ class RunFiles:
         return np.where(named == "", self.predictions["obs_id"].values.astype(str), named)
 
     @property
+    def resampled(self) -> str:
+        """What the bootstrap draws: "patients", or "images" where the data name no patient."""
+        return "patients" if (self.predictions["patient"].values.astype(str) != "").any() else "images"
+
+    @property
     def tolerance(self) -> float:
         """The total variation to NUTS that counts as close enough: max(.01, twice NUTS half against half)."""
         return max(0.01, 2 * self.comparison["predictive"]["nuts_half"]["total_variation"])

@@ -57,6 +57,7 @@ def predict(state: RunState) -> None:
         metrics = {
             "methods": {name: classification_metrics(p, part.labels) for name, p in probabilities.items()},
             "interval_level": INTERVAL_LEVEL,
+            "resampled": state.resampled,
             "intervals": {name: {m: asdict(one) for m, one in row.items()} for name, row in intervals.items()},
             "uncertainty": _uncertainty(state, predictions),
             "num_test": len(part.labels),
@@ -67,7 +68,7 @@ def predict(state: RunState) -> None:
             "log_evidence": state.gaussians["laplace_full"].log_evidence,
         }
         write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
-        write_text(folder / "table.md", _table(intervals, len(part.labels)))
+        write_text(folder / "table.md", _table(intervals, len(part.labels), state.resampled))
 
 
 def _intervals(state: RunState, part: Features, probabilities: dict[str, Tensor]) -> dict[str, dict[str, Interval]]:
@@ -93,10 +94,10 @@ def _uncertainty(state: RunState, predictions: Any) -> dict[str, dict[str, Any]]
     return found
 
 
-def _table(methods: dict[str, dict[str, Interval]], num_test: int) -> str:
+def _table(methods: dict[str, dict[str, Interval]], num_test: int, resampled: str) -> str:
     lines = [
-        f"Test split, {num_test} images; in brackets the {100 * INTERVAL_LEVEL:.0f} % bootstrap interval over patients."
-        " ECE: 15 bins of equal width. NLL in nats, lower is better.",
+        f"Test split, {num_test} images; in brackets the {100 * INTERVAL_LEVEL:.0f} % bootstrap interval over "
+        f"{resampled}. ECE: 15 bins of equal width. NLL in nats, lower is better.",
         "",
         "| method | accuracy | NLL | ECE | Brier |",
         "|---|---|---|---|---|",

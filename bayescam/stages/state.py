@@ -97,6 +97,11 @@ class RunState:
         return np.flatnonzero(self.split == split)
 
     @property
+    def resampled(self) -> str:
+        """What the bootstrap draws: "patients", or "images" where the data name no patient."""
+        return "patients" if any(self.patients) else "images"
+
+    @property
     def test_patients(self) -> np.ndarray:
         """Whose each test image is; itself, where no patient is named."""
         patients, ids = self.patients, self.dataset.obs_ids

@@ -117,6 +117,9 @@ class TestReport:
                 assert f"{row[key]:z.4f}" in card
         comparison = json.loads((run_folder / "comparison.json").read_text())
         assert comparison["words"] in words
+        assert metrics["resampled"] == "images"  # the manifest names no patient
+        assert "split by images, which name no patient" in words
+        assert "interval over images" in card
         for row in comparison["predictive"].values():
             for key in ("total_variation", "agreement", "nll_difference", "ece_difference"):
                 assert f"{row[f'{key}_low']:z.4f} to {row[f'{key}_high']:z.4f}" in words
