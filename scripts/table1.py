@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from bayescam.config import read_config
 from bayescam.diagnose.intervals import Interval, metrics_with_intervals
 from bayescam.pipeline import run
 from bayescam.posterior.laplace import load_laplace
@@ -88,7 +90,7 @@ def make_table(folder: Path, seed: int) -> str:
 
 
 def hierarchical(folder: Path, seed: int, level: float) -> tuple[dict[str, Interval], float]:
-    """Metrics and seconds of NUTS with tau ~ Gamma(1, rate 0.1) sampled with the weights."""
+    """Metrics and seconds of as much NUTS as the run had, with tau ~ Gamma(1, rate 0.1) sampled with the weights."""
     tensors, _ = load_tensors(folder / "features.safetensors", kind="features")
     split, patients = map(np.array, read_split(folder))
     (features, labels), (phi, truth) = (
@@ -96,7 +98,8 @@ def hierarchical(folder: Path, seed: int, level: float) -> tuple[dict[str, Inter
     )
     laplace = load_laplace(folder / GAUSSIANS["laplace_refined"])
     begun = time.perf_counter()
-    nuts = sample_nuts(laplace, features, labels, tau_prior="gamma", seed=seed)
+    sizes = asdict(read_config(folder / "config.toml", {}).nuts)
+    nuts = sample_nuts(laplace, features, labels, tau_prior="gamma", seed=seed, **sizes)
     seconds = time.perf_counter() - begun
     probs = predict_proba(nuts.draws, phi).double().numpy()
     return metrics_with_intervals(probs, truth.numpy(), patients[split == "test"], level=level), seconds

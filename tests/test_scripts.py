@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bayescam.cli import main
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((REPOSITORY / "scripts").glob("[!_]*.py"))
 SETTINGS = """
@@ -94,6 +96,19 @@ def test_the_experiments_run_small(tmp_path):
     assert "| deep ensemble |" in printed
     assert "| MC dropout |" in printed
     assert (tmp_path / "s/shift_and_ood.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_the_studys_table_of_a_mura_tree(tmp_path, monkeypatch, capsys):
+    (tmp_path / "settings.toml").write_text(SETTINGS)
+    assert main(["data", "phantom", "--num", "200", "--layout", "mura", "--out", str(tmp_path / "tree")]) == 0
+    where = ("--root", tmp_path / "tree/MURA-v1.1", "--config", tmp_path / "settings.toml", "--out", tmp_path / "t")
+    _here(monkeypatch, "table1.py", "--data", "mura", *where)
+    assert "| Laplace, full |" in capsys.readouterr().out
+    data = json.loads((tmp_path / "t/run/data.json").read_text())
+    official = sum(1 for _ in (tmp_path / "tree/MURA-v1.1/valid").rglob("*.png"))
+    assert sum(data["counts"]["test"].values()) == official  # the official valid set is the test set
+    assert not data["shareable"]
 
 
 SMALL = {
