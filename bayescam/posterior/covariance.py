@@ -279,8 +279,17 @@ class KronCovariance(_Movable):
         return self.class_variance(x).sqrt()
 
     def perturb(self, scale: Tensor, z: Tensor) -> Tensor:
-        """Centred logits minus their mean, from ``logit_scale`` and standard normals z (T, K-1): (n, K, T)."""
-        return self.class_vectors.to(scale) @ (scale.unsqueeze(-1) * z.to(scale).T)
+        """Centred logits minus their mean, from ``logit_scale`` and standard normals z (T, K-1): (n, K, T).
+
+        By the symmetric square root, which no sign or order of the eigenvectors changes.
+        """
+        turned = self._turn.to(scale) @ z.to(scale).T
+        return self.class_vectors.to(scale) @ (scale.unsqueeze(-1) * turned)
+
+    @cached_property
+    def _turn(self) -> Tensor:
+        """V^T Q, (K-1, K-1): from Helmert's contrasts to the eigenvectors."""
+        return self.class_vectors.T @ contrast_basis(self.num_classes, like=self.class_vectors)
 
     def relative_variance(self, scale: Tensor, label: Tensor) -> Tensor:
         """Var(f_k - f_label) from ``logit_scale``, label (n,): (n, K)."""

@@ -23,8 +23,11 @@ and Lin 2017), whose fixed point is the optimum within each family. Newton's who
 variance of a confident image's logits shrinks, so does its E[p_a p_b]. From Laplace's, far away, the first two steps
 are whole; the later ones are half as long for "full", 0.7 for "kron", and whole for "diag", whose parameters average
 over images. Two steps in a row show by the log sds of the images' margins how strongly the iteration pulls: if the
-second is (1 - s L) of the first, the next is at most 2 / (1 + L) long, which shrinks pulls of 1 and of L alike. A step
-is kept only if the ELBO rises; else it is halved.
+second is (1 - s L) of the first, the next is at most 2 / (1 + L) long, which shrinks pulls of 1 and of L > 1 alike. A
+step is kept only if the ELBO rises; else it is halved.
+
+The likelihood is log-concave, so for "full" and "diag" the ELBO is jointly concave in m and Sigma's Cholesky factor
+(Challis and Barber 2013): there is one fixed point, the best Gaussian of all. For "kron" it is a local optimum.
 
 ELBO, gradient and expectations come from one rule (``expectations``). The end is where a step, divided by its length,
 moves the mean by less than a quarter of a posterior sd (over all parameters), changes the sds of the images'
@@ -131,7 +134,7 @@ def refine(laplace: Laplace, images: TrainingImages, *, num_points: int | None =
     loss, _ = expected_loss(images, state.theta, state.covariance, state.scales, other)
     bound = elbo(images, state.theta, state.covariance, loss, problem.tau)
     record = replace(record, rule_error=abs(bound - state.elbo))
-    return _result(laplace, state, record)
+    return _result(laplace, state, record, num_points)
 
 
 def _climb(problem: _Problem, state: _State) -> tuple[_State, Refinement]:
@@ -151,7 +154,7 @@ def _climb(problem: _Problem, state: _State) -> tuple[_State, Refinement]:
             elbos.append(state.elbo)
             step = min(step, later if built >= _WHOLE_STEPS else 1.0)
             if built > _WHOLE_STEPS + 1:
-                step = min(step, 2 / (1 + pull))
+                step = min(step, 2 / (1 + max(pull, 1.0)))
         else:
             step = step / 2
         if converged or built == MAX_CURVATURES or step < _SHORTEST_STEP:
@@ -257,13 +260,14 @@ def _covariance(images: TrainingImages, natural: Tensor, like: Covariance, tau: 
     return full_covariance(images, lambda span, _: table[span], tau)
 
 
-def _result(laplace: Laplace, state: _State, record: Refinement) -> Laplace:
+def _result(laplace: Laplace, state: _State, record: Refinement, num_points: int) -> Laplace:
     notes = laplace.notes
     if not record.converged:
         notes = (
             *notes,
             f"refinement stopped after {record.curvatures} curvatures short of its fixed point: one step moved the "
-            f"mean by {record.mean_change:.2g} sds and the ELBO by {record.elbo_change:.2g} nats",
+            f"mean by {record.mean_change:.2g} sds, the margins' sds by {100 * record.sd_change:.2g} % and the ELBO by "
+            f"{record.elbo_change:.2g} nats; give refine more num_points than {num_points}",
         )
     return replace(
         laplace,

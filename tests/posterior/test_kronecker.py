@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ import bayescam as bc
 from bayescam.posterior.covariance import contrast_basis
 from bayescam.posterior.curvature import full_covariance
 from bayescam.posterior.expectations import expected_loss, logit_rule, logit_scales, moments
-from bayescam.posterior.images import check_images
+from bayescam.posterior.images import augment, check_images
 from bayescam.posterior.kronecker import covariance_of, projected_factors
 from bayescam.posterior.refine import elbo, maximise_mean
 
@@ -63,6 +65,15 @@ def test_each_factor_is_the_least_squares_one(fitted):
     for unit in units(4):
         along = torch.kron(b, unit)
         assert abs(inner(left_a, along)) < 1e-9 * size * inner(along, along) ** 0.5
+
+
+def test_signs_and_order_of_eigenvectors_move_no_point(fitted):
+    """Else the rule's error would jump from step to step, and no step would raise the ELBO any more."""
+    _, fit, phi, _ = fitted
+    c, z = fit.covariance, torch.randn(5, 2, dtype=torch.float64)
+    turned = replace(c, class_vectors=-c.class_vectors.flip(1), class_values=c.class_values.flip(0))
+    points = [one.perturb(one.logit_scale(augment(phi)), z) for one in (c, turned)]
+    torch.testing.assert_close(points[0], points[1])
 
 
 @pytest.mark.slow

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from scipy.integrate import dblquad
 
 import bayescam as bc
+from bayescam.posterior.covariance import contrast_basis
 from bayescam.posterior.curvature import full_covariance
 from bayescam.posterior.expectations import (
     LogitRule,
@@ -221,6 +224,52 @@ def test_separable_images_reach_the_fixed_point(structure):
     check_fixed_point(phi, labels, structure)
 
 
+def test_kron_s_steps_do_not_stall_on_the_rule():
+    """Once eigenvectors' signs decided which points were used: steps kept until the rule's error outweighed them."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 5, (100,), generator=generator)
+    centres = 4 * torch.randn(5, 12, generator=generator)
+    phi = torch.relu(centres[labels] + torch.randn(100, 12, generator=generator))
+    record = check_fixed_point(phi, labels, "kron", tau=0.01)
+    assert len(record.elbo) == record.curvatures + 1
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_fixed_point_is_the_same_from_a_worse_start(structure):
+    """The ELBO is concave in the mean and the Cholesky factor ("kron": found so): from Laplace's at 100 times tau."""
+    phi, labels, fit = fitted(structure)
+    far = bc.fit_laplace(phi, labels, prior_precision=100 * TAU, structure=structure)
+    far = replace(far, prior_precision=TAU, covariance=replace(far.covariance, prior_precision=TAU))
+    near, again = fit.refine(phi, labels), far.refine(phi, labels)
+    assert again.refinement.elbo[0] < near.refinement.elbo[0]
+    assert again.elbo == pytest.approx(near.elbo, abs=0.01)
+    assert near.covariance.distance(again.theta_mean - near.theta_mean) < 0.05
+
+
+def test_a_second_refinement_changes_nothing():
+    phi, labels, fit = fitted()
+    once = fit.refine(phi, labels)
+    twice = once.refine(phi, labels)
+    assert twice.refinement.curvatures == 1
+    assert twice.elbo == pytest.approx(once.elbo, abs=0.005)
+
+
+def test_steps_that_grow_are_no_pull(monkeypatch):
+    """A step more than twice as long as the one before would ask for a next one of negative length."""
+    phi, labels = clusters(150, 12)
+    monkeypatch.setattr("bayescam.posterior.refine._pull", lambda *_: -3.0)
+    assert bc.fit_laplace(phi, labels, prior_precision=0.1).refine(phi, labels).refinement.converged
+
+
+def test_what_stops_short_says_so_and_what_to_do(monkeypatch):
+    phi, labels = clusters(150, 12)
+    monkeypatch.setattr("bayescam.posterior.refine.MAX_CURVATURES", 1)
+    refined = bc.fit_laplace(phi, labels, prior_precision=0.1).refine(phi, labels)
+    assert not refined.refinement.converged
+    assert "stopped after 1 curvatures short of its fixed point" in refined.notes[-1]
+    assert "more num_points than 512" in refined.notes[-1]
+
+
 @pytest.mark.slow
 def test_a_confident_network_s_features_reach_the_fixed_point():
     """N = 450, D = 96, K = 6 in float32, much like those of ``scripts/real_features.py``."""
@@ -242,6 +291,68 @@ def test_the_pull_is_what_a_step_leaves_of_the_one_before():
     before[0] = math.nan
     for step, pull in ((1.0, 0.8), (0.5, 2.5), (0.25, 3.0)):
         assert _pull(images, (1 - step * pull) * before, (before, step)) == pytest.approx(pull)
+
+
+def quadrature_elbo(images, theta, covariance, tau):
+    """The ELBO of any Gaussian for K = 3 by 60 x 60 Gauss-Hermite points: covariance (3(D+1), 3(D+1)), class-major."""
+    nodes, weights = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(60))
+    points = torch.cartesian_prod(nodes, nodes).T
+    weights = torch.outer(weights, weights).flatten() / weights.sum() ** 2
+    rows, basis = augment(images.features), contrast_basis(3)
+    blocks = covariance.unflatten(1, (3, -1)).unflatten(0, (3, -1))
+    spread = torch.linalg.cholesky(basis.T @ torch.einsum("ne,keaf,nf->nka", rows, blocks, rows) @ basis)
+    logits = (rows @ theta.T).unsqueeze(-1) + basis @ spread @ points
+    log_p = logits.log_softmax(1)[torch.arange(len(rows)), images.labels] @ weights
+    own = torch.ones_like(log_p) if images.image_weights is None else images.image_weights
+    prior = tau * (theta.square().sum() + covariance.trace()) - theta.numel() * (1 + math.log(tau))
+    return (own * log_p).sum() - (prior - covariance.logdet()) / 2
+
+
+def structured(covariance):
+    """The free parameters of a covariance (K = 3) and the dense covariance as a function of them."""
+    basis, width, tau = contrast_basis(3), covariance.num_features + 1, covariance.prior_precision
+    wide, eye = torch.kron(basis, torch.eye(width, dtype=torch.float64)), torch.eye(2 * width, dtype=torch.float64)
+    shift = torch.kron(torch.ones(3, 3, dtype=torch.float64) / 3, torch.eye(width, dtype=torch.float64)) / tau
+    if covariance.structure == "full":
+        factor = covariance.precision_cholesky
+        return [factor @ factor.T], lambda precision: wide @ precision.inverse() @ wide.T + shift
+    if covariance.structure == "kron":
+        v, u = basis.T @ covariance.class_vectors, covariance.feature_vectors
+        factors = [(v * covariance.class_values) @ v.T, (u * covariance.feature_values) @ u.T]
+        return factors, lambda b, a: wide @ (torch.kron(b, a) + tau * eye).inverse() @ wide.T + shift
+    return [covariance.precision.flatten().diag()], lambda precision: precision.diagonal().reciprocal().diag()
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("case", ["noisy", "separable", "absent class", "class weights", "one image"])
+def test_the_exact_elbo_is_stationary_where_refine_ends(structure, case):
+    """K = 3, by quadrature and autodiff, in the mean (posterior sds) and the structure's own parameters (relative)."""
+    phi, labels = clusters(60, 8, 3) if case == "separable" else problem()
+    phi, labels = (phi[:1], labels[:1]) if case == "one image" else (phi, labels)
+    labels = labels.clamp(max=1) if case == "absent class" else labels
+    weights = torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64) if case == "class weights" else None
+    tau = 0.003 if case == "separable" else TAU
+    fit = bc.fit_laplace(phi, labels, num_classes=3, prior_precision=tau, structure=structure, class_weights=weights)
+    refined, found = fit.refine(phi, labels), {}
+    images = check_images(phi, labels, num_classes=3, class_weights=weights)
+    for name, posterior in (("laplace", fit), ("refined", refined)):
+        parameters, dense = structured(posterior.covariance)
+        free = [posterior.theta_mean, *parameters]
+        for one in free:
+            one.requires_grad_()
+        covariance = dense(*parameters)
+        bound = quadrature_elbo(images, free[0], covariance, tau)
+        slopes = torch.autograd.grad(bound, free)
+        slope = slopes[0].flatten()
+        found[name] = [bound.item(), math.sqrt(float(slope @ covariance.detach() @ slope))]
+        for one, turn in zip(parameters, slopes[1:], strict=True):
+            values, vectors = torch.linalg.eigh(one.detach())
+            root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+            found[name].append(float((root @ (turn + turn.T) / 2 @ root).norm()))
+    assert refined.refinement.converged
+    assert refined.elbo == pytest.approx(found["refined"][0], abs=0.02)
+    assert found["refined"][0] > found["laplace"][0]
+    assert max(found["refined"][1:]) < 0.1
 
 
 def check_fixed_point(phi, labels, structure, tau=0.1):
