@@ -202,7 +202,8 @@ def compare(features: TestSet, labels: TestSet, num_classes: int, tau: float | s
             )
     for structure, fit in refined.items():
         record = fit.refinement
-        name = f"{structure} refined ({record.curvatures} Hessians, ELBO {fit.elbo:.2f} +- {record.rule_error:.2f})"
+        ended = f"ELBO {fit.elbo:.2f} +- {record.rule_error:.2f}{'' if record.converged else ', not converged'}"
+        name = f"{structure} refined ({record.curvatures} Hessians, {ended})"
         for method in ("pairwise", "bridge", "mc"):
             seconds = took[f"refined {structure}"]
             table.row(f"{name}, {method}", seconds, lambda p, f=fit, m=method: f.predict_proba(p, method=m))

@@ -90,6 +90,8 @@ def test_the_experiments_run_small(tmp_path):
     assert "| refined |" in printed
     assert len(json.loads((tmp_path / "l/laplace_vs_hmc.json").read_text())) == 6
     assert (tmp_path / "l/laplace_vs_hmc.png").stat().st_size > 1000
+    few = ("--per-class", 10, "--prior-precision", 1, "--draws", 20)
+    assert "refined, 1 rows:" in _run("predictives.py", "--run", run, *few)
     printed = _run(
         "shift_and_ood.py", "--run", run, "--out", tmp_path / "s", "--members", 1, "--unknown", 12, "--limit", 20
     )
@@ -164,3 +166,8 @@ def test_real_features_run_small(mednist_dev, tmp_path, monkeypatch):
     few = {"PER_CLASS": 20, "VALID": 5, "TEST": 10}
     _here(monkeypatch, "real_features.py", "--zip", archive, *small.split(), "--out", tmp_path, **few)
     assert "full refined (" in (tmp_path / "real_features.md").read_text()
+    small = "--width 8 --per-class 10 --prior-precision 10 --draws 20"
+    _here(monkeypatch, "predictives.py", "--zip", archive, *small.split(), "--out", tmp_path)
+    printed = (tmp_path / "predictives.md").read_text()
+    assert "| 60 | 10 | shifted |" in printed
+    assert "refined, 2 rows:" in printed
