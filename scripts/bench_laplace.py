@@ -1,6 +1,5 @@
 """How fast is `fit_laplace` beside one matrix product, Pyro and laplace-torch? Prints ratios of one run.
 
-
     python scripts/bench_laplace.py --width 128 512 --peers laplace-torch pyro
 
 Needs `pip install bayescam[bench]` for the peers; at width 512 each of them takes minutes.
@@ -17,9 +16,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pyro
 import torch
+from _printed import kept
 from pyro.infer.autoguide import AutoLaplaceApproximation
 from torch import Tensor
 
@@ -100,7 +101,7 @@ def compare(
     curvature = seconds(lambda: curvature_at(images, theta, coordinates, 1.0, "full"), repeats)
     whole = seconds(lambda: bc.fit_laplace(phi, labels, prior_precision=1.0), repeats)
     fit = bc.fit_laplace(phi, labels, prior_precision=1.0)
-    print(f"\nN = {num_images:,}, D = {width}, K = {num_classes}, float32, {torch.get_num_threads()} threads")
+    print(f"\nN = {num_images:,}, D = {width}, K = {num_classes}, float32, threads: {torch.get_num_threads()}")
     print("\n| what | s | over the products | over our Hessian | over our whole fit |\n|---|---|---|---|---|")
     rows = [("dense products of the unique blocks", floor, ""), ("ours: MAP alone", mode, "")]
     rows.append(("ours: Hessian and its Cholesky factor alone", curvature, ""))
@@ -180,14 +181,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--exponents", action="store_true", help="fit time against N, D and K")
     parser.add_argument("--many", type=int, default=0, metavar="N", help="1,000 classes at width 2,048 from N images")
+    parser.add_argument("--out", type=Path, help="folder for a file of what is printed")
     parsed = parser.parse_args()
-    for width in parsed.width:
-        compare(parsed.images, width, parsed.classes, parsed.peers, parsed.batch, parsed.repeats, parsed.refine)
-    if parsed.exponents:
-        exponents(parsed.repeats)
-    if parsed.many:
-        many_classes(parsed.many, parsed.peers, max(parsed.batch))
-    print(peak())
+    with kept(parsed.out, "bench_laplace.md"):
+        for width in parsed.width:
+            compare(parsed.images, width, parsed.classes, parsed.peers, parsed.batch, parsed.repeats, parsed.refine)
+        if parsed.exponents:
+            exponents(parsed.repeats)
+        if parsed.many:
+            many_classes(parsed.many, parsed.peers, max(parsed.batch))
+        print(peak())
 
 
 if __name__ == "__main__":

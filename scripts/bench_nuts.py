@@ -200,7 +200,7 @@ def main() -> None:
     workers = parsed.num_workers if parsed.num_workers is not None else 2 * (parsed.size == "mura")
     by_size = {"tiny": ["pyro", "numpyro"], "small": ["pyro", "numpyro"], "medium": ["numpyro"], "mura": []}
     peers = by_size[parsed.size] if parsed.peers is None else parsed.peers
-    print(f"N, D, K = {SIZES[parsed.size]}, float32, prior precision {TAU}, {torch.get_num_threads()} threads")
+    print(f"N, D, K = {SIZES[parsed.size]}, float32, prior precision {TAU}, threads: {torch.get_num_threads()}")
     rows, found = {}, {}
     run = {"pyro": run_pyro, "numpyro": run_numpyro}
     options = {"num_samples": parsed.samples, "kernel": parsed.kernel, "target_accept": parsed.target_accept}
