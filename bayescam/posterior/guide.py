@@ -25,12 +25,12 @@ class AutoLastLayerLaplace(AutoLaplaceApproximation):
 
     The parent asks autograd for one row of the Hessian at a time; this one uses H = sum_n (diag p_n - p_n
     p_n^T) (x) phi~_n phi~_n^T + tau I, in the contrast basis, where the shift that softmax cannot see has its
-    prior precision exactly. A model without ``last_layer`` in it is left to the parent, which stays reachable as
+    prior precision exactly. A model with more or other terms than ``last_layer``'s, or under ``poutine.scale``, is
+    left to the parent, which stays reachable as
     ``AutoLaplaceApproximation.laplace_approximation(guide, ...)``. Unlike Pyro's, no two guides share a parameter.
 
     Args:
-        model: ``last_layer`` itself, a partial of it, or any model whose only latent sites are its "weight" and
-        "bias".
+        model: ``last_layer`` itself, a partial of it, or any model of Pyro's.
     """
 
     def __init__(self, model: Callable[..., Any], **options: Any) -> None:
@@ -49,23 +49,39 @@ class AutoLastLayerLaplace(AutoLaplaceApproximation):
         with torch.no_grad():
             latent = poutine.trace(self).get_trace(*args, **kwargs)
             trace = poutine.trace(poutine.replay(self.model, trace=latent)).get_trace(*args, **kwargs)
-        site = trace.nodes.get("y", {})
-        features = site.get("infer", {}).get("features")
         assert self.prototype_trace is not None
-        names = [name for name, _ in self.prototype_trace.iter_stochastic_nodes()]
-        if features is None or not site["is_observed"] or set(names) != {"weight", "bias"}:
+        if not _is_last_layer(trace, {name for name, _ in self.prototype_trace.iter_stochastic_nodes()}):
             guide = super().laplace_approximation(*args, **kwargs)
             guide._create_plates(*args, **kwargs)
             return guide
+        site = trace.nodes["y"]
         weight, bias = trace.nodes["weight"]["value"], trace.nodes["bias"]["value"]
         images = check_images(
-            features, site["value"], num_classes=len(bias), class_weights=site["infer"]["class_weights"]
+            site["infer"]["features"],
+            site["value"],
+            num_classes=len(bias),
+            class_weights=site["infer"]["class_weights"],
         )
         theta = torch.cat([weight, bias[:, None]], dim=1).detach().double()
         probabilities = probabilities_at(theta, images)
         tau = float(trace.nodes["weight"]["fn"].base_dist.scale.double().reshape(-1)[0]) ** -2
         covariance = full_covariance(images, lambda span, phi: pair_products(probabilities(span, phi)), tau)
         return gaussian_guide(self.model, self.loc.detach(), covariance, *args, **kwargs)
+
+
+def _is_last_layer(trace: poutine.Trace, latent: set[str]) -> bool:
+    """Whether ``last_layer`` is all of a model's density: nothing else observed, no site scaled from outside."""
+    if latent != {"weight", "bias"} or trace.observation_nodes != ["y"]:
+        return False
+    told: Any = trace.nodes["y"]["infer"]
+    if told.get("features") is None:
+        return False
+    weights = told["class_weights"]
+    scales = {"weight": 1.0, "bias": 1.0, "y": 1.0 if weights is None else weights[trace.nodes["y"]["value"]]}
+    return all(
+        bool((torch.as_tensor(trace.nodes[name]["scale"]) == torch.as_tensor(scale)).all())
+        for name, scale in scales.items()
+    )
 
 
 def gaussian_guide(

@@ -7,6 +7,7 @@ import functools
 import pyro
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoLaplaceApproximation, AutoMultivariateNormal
 from pyro.infer.reparam import NeuTraReparam
@@ -75,6 +76,24 @@ def test_another_model_is_left_to_pyro(data):
     guide = bc.AutoLastLayerLaplace(other)
     guide()
     torch.testing.assert_close(covariance_of(guide.laplace_approximation()), torch.diag(torch.tensor([1.0, 4.0])))
+
+
+@pytest.mark.parametrize("change", ["scaled", "factor", "another observation"])
+def test_a_last_layer_with_more_in_its_density_is_left_to_pyro(change, data):
+    last = functools.partial(bc.last_layer, num_classes=K, prior_precision=TAU)
+
+    def model(features, labels=None):
+        if change == "scaled":
+            return poutine.scale(last, scale=1 / N)(features, labels)
+        labels = last(features, labels)
+        if change == "factor":
+            return pyro.factor("f", -features.square().sum())
+        return pyro.sample("z", pyro.distributions.Normal(features[:, 0], 1.0).to_event(1), obs=features[:, 1])
+
+    guide = trained(model, data, steps=3)
+    ours = covariance_of(guide.laplace_approximation(*data))
+    theirs = covariance_of(AutoLaplaceApproximation.laplace_approximation(guide, *data))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
 def guides(data):
