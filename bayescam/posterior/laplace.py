@@ -186,7 +186,7 @@ class Laplace:
             labels: (N,), theirs.
             group: a torch.distributed process group; features and labels are then this rank's shard.
             num_points: of the quasi-Monte Carlo rule for what pairs of classes leave over of each image's expectations;
-                512 or fewer without it.
+                2,048 or fewer without it, the fewer the more images there are.
         """
         images = check_images(
             features, labels, num_classes=self.num_classes, class_weights=self.class_weights, group=group

@@ -62,7 +62,7 @@ _LATER_STEP = {"full": 0.5, "kron": 0.7, "diag": 1.0}
 _SHORTEST_STEP = 1 / 16
 _MEAN_GRADIENT = (5e-3, 5e-2)
 _EVALUATIONS = 80
-_POINTS = ((10_000, 128), (2_000, 256), (0, 512))
+_POINTS = ((10_000, 128), (2_000, 256), (100, 512), (0, 2_048))
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,7 @@ def refine(laplace: Laplace, images: TrainingImages, *, num_points: int | None =
     Args:
         laplace: the start.
         images: the training images it was fitted on.
-        num_points: T of the rule for what pairs of classes leave over; from 512 to 128, the fewer the more images
+        num_points: T of the rule for what pairs of classes leave over; from 2,048 to 128, the fewer the more images
             there are for errors to average out over.
 
     Raises:
