@@ -129,6 +129,6 @@ def laplace_bridge(mean: Tensor, covariance: Tensor) -> Tensor:
         covariance: of the centred logits, (n, K, K).
     """
     k = mean.shape[-1]
-    ratio = (mean + torch.logsumexp(-mean, dim=-1, keepdim=True) - 2 * math.log(k)).exp()
-    concentration = (1 - 2 / k + ratio) / covariance.diagonal(dim1=-2, dim2=-1)
-    return concentration / concentration.sum(-1, keepdim=True)
+    log_ratio = mean + torch.logsumexp(-mean, dim=-1, keepdim=True) - 2 * math.log(k)
+    log_first = mean.new_tensor(1 - 2 / k).log()
+    return (torch.logaddexp(log_first, log_ratio) - covariance.diagonal(dim1=-2, dim2=-1).log()).softmax(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,8 +24,6 @@ def fit(request):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_are_probabilities_and_shifting_all_classes_changes_nothing(fit, method):
-    from dataclasses import replace
-
     phi = torch.randn(9, D, dtype=torch.float64)
     proba = fit.predict_proba(phi, method=method)
     torch.testing.assert_close(proba.sum(1), torch.ones(9, dtype=torch.float64))
@@ -95,6 +94,13 @@ def test_bridge_has_the_dirichlet_of_its_definition():
     variance = torch.rand(6, K, dtype=torch.float64) + 0.5
     alpha = (1 - 2 / K + mean.exp() / K**2 * (-mean).exp().sum(1, keepdim=True)) / variance
     torch.testing.assert_close(laplace_bridge(mean, torch.diag_embed(variance)), alpha / alpha.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_logits_of_thousands_make_no_nan(fit, method):
+    phi = 1e5 * torch.randn(5, D, dtype=torch.float64)
+    proba = replace(fit, weight_mean=10 * fit.weight_mean).predict_proba(phi, method=method)
+    torch.testing.assert_close(proba.sum(1), torch.ones(5, dtype=torch.float64))
 
 
 def test_wrong_arguments_are_named(fit):
