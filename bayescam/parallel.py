@@ -54,11 +54,29 @@ def joined() -> Iterator[ProcessGroup | None]:
     if cuda:
         torch.cuda.set_device(_count("LOCAL_RANK", default=0))
     store = _begin("cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(minutes=_patience()))
+    _when_terminated(_end)
     try:
         yield dist.group.WORLD
     except Exception as error:
+        _when_terminated(signal.SIG_IGN)
         raise _of_this_rank(error, store) from error
+    _when_terminated(signal.SIG_DFL)
     dist.destroy_process_group()
+
+
+class _Ended(Exception):
+    """``torchrun`` has ended this rank."""
+
+
+def _end(*_: object) -> None:
+    """What SIGTERM does: with it ``torchrun`` ends all ranks when one has died; this one has something to say."""
+    _when_terminated(signal.SIG_IGN)
+    raise _Ended("torchrun ended this rank")
+
+
+def _when_terminated(handler: Callable[..., None] | signal.Handlers) -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _patience() -> float:
@@ -120,23 +138,26 @@ def _of_this_rank(error: Exception, store: dist.Store) -> Exception:
         first = True
     if not first:
         return RankError(f"stopped after another rank: {_line(error)}", told=True)
-    if isinstance(error, RuntimeError) and not isinstance(error, BayescamError) and _LOST.search(str(error)):
-        dead = _dead(store)
-        said = re.sub(r"^\[\S+\] ", "", _line(error)).split(". ")[0][:200]
+    broken = isinstance(error, RuntimeError) and not isinstance(error, BayescamError) and _LOST.search(str(error))
+    if not (broken or isinstance(error, _Ended)):
+        return error
+    dead = _dead(store)
+    said = re.sub(r"^\[\S+\] ", "", _line(error)).split(". ")[0][:200]
+    if dead is not None:
         return RankError(
             f"lost rank {dead}, whose process has died ({said}); look for its last words and at the memory, then start "
             "again with --resume"
-            if dead is not None
-            else f"lost another rank ({said}): it died elsewhere, or was busy for longer than {PATIENCE}="
-            f"{_patience():g} minutes; look for its last words, then start again with --resume"
         )
-    return error
+    if not broken:
+        return RankError(f"{said}, as it was told to or because a rank died elsewhere; start again with --resume")
+    return RankError(
+        f"lost another rank ({said}): it died elsewhere, or was busy for longer than {PATIENCE}={_patience():g} "
+        "minutes; look for its last words, then start again with --resume"
+    )
 
 
 def _dead(store: dist.Store) -> int | None:
     """The first rank on this machine whose process is gone, or is by the time its parent has noticed."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all ranks now; this one has something to say
     keys = [f"process {other}" for other in range(size(dist.group.WORLD))]
     try:
         processes: list[Any] = [json.loads(store.get(key)) if store.check([key]) else ["", 0] for key in keys]

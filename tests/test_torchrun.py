@@ -56,15 +56,22 @@ def watch(out: Path, seen: list[str]) -> None:
 def main(how: str, out: Path) -> int:
     """One rank."""
     second, seen = os.environ["RANK"] == "1", []
-    if second and how != "live":
+    if how != "live":
         from bayescam.stages.state import Backbone
 
         def die(*_: object, **__: object) -> None:
-            if how == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise OSError("this disk is gone")
+            if how == "raise":
+                raise OSError("this disk is gone")
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        Backbone.extract = die
+        def work(*_: object, **__: object) -> None:
+            while True:
+                sum(range(1000))
+
+        if second:
+            Backbone.extract = die
+        elif how == "kill beside work":
+            Backbone.extract = work
     if second:
         watch(out, seen)
     command = ["run", "--data", "phantom", "--preset", "quick", "--device", "cpu"]
@@ -122,7 +129,11 @@ def test_two_ranks_make_one_run(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "words"),
-    [("kill", "bayescam: rank 0: lost rank 1, whose process has died ("), ("raise", "bayescam: rank 1: this disk is")],
+    [
+        ("kill", "bayescam: rank 0: lost rank 1, whose process has died ("),
+        ("kill beside work", "bayescam: rank 0: lost rank 1, whose process has died (torchrun ended this rank); look"),
+        ("raise", "bayescam: rank 1: this disk is"),
+    ],
 )
 def test_a_rank_that_dies_ends_all_in_one_line_that_names_it(tmp_path, how, words):
     status, said = torchrun(tmp_path, how)
