@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +14,11 @@ from bayescam.posterior.nuts_run import chain_path
 
 
 def main(arguments: list[str]) -> None:
-    """Sample the chain, a JSON line on stdout for each transition, and leave it in the folder."""
+    """Sample the chain, a JSON line on stdout for each transition, and leave it in the folder.
+
+    Its caller stops it by SIGINT, which a process started in the background would else ignore.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     target, folder, index = Path(arguments[0]), Path(arguments[1]), int(arguments[2])
     problem, settings, mark = load_problem(target)
 

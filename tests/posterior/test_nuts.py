@@ -298,6 +298,7 @@ def test_ctrl_c_reaches_the_workers_and_keeps_their_draws(tmp_path):
             torch.manual_seed(5)
             features, labels = torch.randn(60, 2, dtype=torch.float64), torch.arange(60) % 3
             laplace = bc.fit_laplace(features, labels, prior_precision=1.0)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job of a shell
             seen, advance = set(), nuts_run.Progress.advance
             def count(self, chain, draw, *rest):
                 advance(self, chain, draw, *rest)
