@@ -214,6 +214,7 @@ def test_settings_of_the_file_and_the_folder(features, tmp_path, sealing):
         run_features(features, features, SMALL)
 
 
+@pytest.mark.slow
 def test_interrupted_run_resumes_to_the_same_numbers(features, tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     short = replace(SMALL, num_samples=30, num_warmup=30)

@@ -33,7 +33,8 @@ def tau_by_quadrature(features, labels):
     return log_tau.numpy(), (weights / weights.sum()).numpy()
 
 
-@pytest.mark.parametrize("structure", ["full", pytest.param("kron", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("structure", ["full", "kron"])
 def test_tau_equals_quadrature(structure):
     torch.manual_seed(1)
     features = torch.randn(25, 1, dtype=torch.float64)

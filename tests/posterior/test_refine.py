@@ -27,6 +27,7 @@ from bayescam.posterior.laplace import STRUCTURES
 from bayescam.posterior.refine import MAX_CURVATURES, TOLERANCES, _pull, elbo, maximise_mean
 
 TAU = 0.3
+SLOW_STRUCTURES = ("full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kron", "diag")))
 
 
 def problem(num_images=40, num_features=2, num_classes=3):
@@ -217,13 +218,14 @@ def test_the_elbo_never_falls_and_the_shift_stays_the_prior(structure, num_class
         torch.testing.assert_close(refined.covariance.variance(x, shift[None])[:, 0], x.square().sum(1) / TAU)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", SLOW_STRUCTURES)
 def test_separable_images_reach_the_fixed_point(structure):
     """One plain step from the end, rebuilt by hand with other points, changes nothing that matters."""
     phi, labels = clusters(150, 12)
     check_fixed_point(phi, labels, structure)
 
 
+@pytest.mark.slow
 def test_kron_s_steps_do_not_stall_on_the_rule():
     """Once eigenvectors' signs decided which points were used: steps kept until the rule's error outweighed them."""
     generator = torch.Generator().manual_seed(0)
@@ -234,7 +236,7 @@ def test_kron_s_steps_do_not_stall_on_the_rule():
     assert len(record.elbo) == record.curvatures + 1
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", SLOW_STRUCTURES)
 def test_the_fixed_point_is_the_same_from_a_worse_start(structure):
     """The ELBO is concave in the mean and the Cholesky factor ("kron": found so): from Laplace's at 100 times tau."""
     phi, labels, fit = fitted(structure)
@@ -323,7 +325,7 @@ def structured(covariance):
     return [covariance.precision.flatten().diag()], lambda precision: precision.diagonal().reciprocal().diag()
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", SLOW_STRUCTURES)
 @pytest.mark.parametrize("case", ["noisy", "separable", "absent class", "class weights", "one image"])
 def test_the_exact_elbo_is_stationary_where_refine_ends(structure, case):
     """K = 3, by quadrature and autodiff, in the mean (posterior sds) and the structure's own parameters (relative)."""
@@ -422,6 +424,7 @@ def test_class_weights_are_repeated_images_in_the_refinement_too():
     assert weighted.elbo == pytest.approx(repeated.elbo, abs=0.02)
 
 
+@pytest.mark.slow
 def test_prior_precision_by_the_elbo_beats_its_neighbours():
     phi, labels = problem()
     chosen = bc.fit_laplace(phi, labels, prior_precision="elbo", bracket=(0.05, 5.0))
@@ -432,7 +435,7 @@ def test_prior_precision_by_the_elbo_beats_its_neighbours():
     assert bounds[1] >= max(bounds) - 0.02
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", SLOW_STRUCTURES)
 @pytest.mark.parametrize("spoil", ["absent class", "all zero", "constant", "duplicate", "half", "tiny", "huge"])
 def test_degenerate_features_are_refined(structure, spoil):
     """What ``fit_laplace`` accepts, ``refine`` takes too: it ends, finite, and never below its start."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import numpy as np
@@ -17,8 +18,9 @@ from bayescam.posterior.laplace import fit_laplace, load_laplace
 from bayescam.posterior.nuts import Nuts, sample_nuts
 
 K, D = 3, 4
-POSTERIORS = ("diag", "kron", "full", "refined_diag", "refined_kron", "refined", "draws", "nuts")
-each_posterior = pytest.mark.parametrize("name", POSTERIORS)
+SLOW = tuple(pytest.param(name, marks=pytest.mark.slow) for name in ("refined_diag", "refined_kron"))
+GAUSSIANS = ("diag", "kron", "full", "refined", *SLOW)
+each_posterior = pytest.mark.parametrize("name", [*GAUSSIANS, "draws", "nuts"])
 each_kind = pytest.mark.parametrize("centred", [True, False], ids=["centred", "raw"])
 
 
@@ -28,6 +30,7 @@ def _features(k=K, d=D, n=60):
     return rng.normal(size=(n, d)) + 1.5 * rng.normal(size=(k, d))[labels], labels
 
 
+@functools.cache
 def _posterior(name, k=K, d=D):
     features, labels = _features(k, d)
     structure = {"refined": "full", "draws": "full", "nuts": "full"}.get(name, name.removeprefix("refined_"))
@@ -40,11 +43,6 @@ def _posterior(name, k=K, d=D):
         lengths = {"num_chains": 2, "num_samples": 20, "num_warmup": 20}
         return sample_nuts(laplace, features, labels, **lengths, progress=False).draws
     return laplace
-
-
-@pytest.fixture(scope="module")
-def posteriors():
-    return {name: _posterior(name) for name in POSTERIORS}
 
 
 def _maps(n=5, d=D, h=3, w=4, seed=0, dtype=torch.float64):
@@ -93,42 +91,42 @@ def test_one_image_one_cell_one_feature_two_classes(name, centred, n, d, h, w, k
 
 @each_posterior
 @each_kind
-def test_order_and_company_of_the_images_do_not_matter(posteriors, name, centred):
+def test_order_and_company_of_the_images_do_not_matter(name, centred):
     maps = _maps(9)
-    whole = _answers(maps, posteriors[name], centred)
+    whole = _answers(maps, _posterior(name), centred)
     order = torch.tensor([8, 1, 0, 3, 2, 7, 6, 5, 4])
-    _assert_same(_answers(maps[order], posteriors[name], centred), whole, order, rtol=1e-9, atol=1e-10)
-    _assert_same(_answers(maps[3:4], posteriors[name], centred), whole, slice(3, 4), rtol=1e-9, atol=1e-10)
-    chosen = CamPosterior(maps, posteriors[name], centred=centred).select([3])
+    _assert_same(_answers(maps[order], _posterior(name), centred), whole, order, rtol=1e-9, atol=1e-10)
+    _assert_same(_answers(maps[3:4], _posterior(name), centred), whole, slice(3, 4), rtol=1e-9, atol=1e-10)
+    chosen = CamPosterior(maps, _posterior(name), centred=centred).select([3])
     torch.testing.assert_close(chosen.mean, whole["mean"][3:4])
 
 
 @each_posterior
 @each_kind
-def test_strided_maps_are_as_good_and_nothing_given_is_changed(posteriors, name, centred):
+def test_strided_maps_are_as_good_and_nothing_given_is_changed(name, centred):
     maps = _maps()
     before = maps.clone()
-    whole = _answers(maps, posteriors[name], centred)
+    whole = _answers(maps, _posterior(name), centred)
     strided = maps.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     assert not strided.is_contiguous()
-    _assert_same(_answers(strided, posteriors[name], centred), whole, rtol=1e-9, atol=1e-10)
+    _assert_same(_answers(strided, _posterior(name), centred), whole, rtol=1e-9, atol=1e-10)
     array = before.numpy().copy()
     array.flags.writeable = False
     with warnings.catch_warnings(action="ignore"):  # torch's, that it cannot keep such a promise
         frozen = torch.from_numpy(array)
-    _assert_same(_answers(frozen, posteriors[name], centred), whole, rtol=0, atol=0)
+    _assert_same(_answers(frozen, _posterior(name), centred), whole, rtol=0, atol=0)
     assert torch.equal(torch.from_numpy(array.copy()), before)
-    _assert_same(_answers(maps.requires_grad_(), posteriors[name], centred), whole)
+    _assert_same(_answers(maps.requires_grad_(), _posterior(name), centred), whole)
     assert torch.equal(maps.detach(), before)
     assert maps.grad is None
 
 
 @each_posterior
 @each_kind
-def test_float32_and_float64_agree_and_half_is_computed_in_float32(posteriors, name, centred):
-    whole = _answers(_maps(), posteriors[name], centred)
-    single = _answers(_maps(dtype=torch.float32), posteriors[name], centred)
-    half = _answers(_maps(dtype=torch.float16), posteriors[name], centred)
+def test_float32_and_float64_agree_and_half_is_computed_in_float32(name, centred):
+    whole = _answers(_maps(), _posterior(name), centred)
+    single = _answers(_maps(dtype=torch.float32), _posterior(name), centred)
+    half = _answers(_maps(dtype=torch.float16), _posterior(name), centred)
     for key in ("mean", "sd", "low", "contrast"):
         torch.testing.assert_close(single[key].double(), whole[key], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(half[key].double(), whole[key], rtol=1e-2, atol=1e-2)
@@ -136,11 +134,11 @@ def test_float32_and_float64_agree_and_half_is_computed_in_float32(posteriors, n
 
 @each_posterior
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_is_refused_by_its_image(posteriors, name, value):
+def test_what_is_not_finite_is_refused_by_its_image(name, value):
     maps = _maps()
     maps[2, 1, 0, 0] = value
     with pytest.raises(ValueError, match="maps of image 2"):
-        CamPosterior(maps, posteriors[name])
+        CamPosterior(maps, _posterior(name))
 
 
 @each_posterior
@@ -156,9 +154,9 @@ def test_what_is_not_finite_is_refused_by_its_image(posteriors, name, value):
         (torch.zeros(2, D + 1, 2, 2), ValueError),
     ],
 )
-def test_what_are_no_maps_is_refused_by_name(posteriors, name, maps, error):
+def test_what_are_no_maps_is_refused_by_name(name, maps, error):
     with pytest.raises(error, match="maps"):
-        CamPosterior(maps, posteriors[name])
+        CamPosterior(maps, _posterior(name))
 
 
 @pytest.mark.parametrize("posterior", [None, "full", torch.zeros(3, 4)])
@@ -169,20 +167,20 @@ def test_what_is_no_posterior_is_refused_by_name(posterior):
 
 @each_posterior
 @each_kind
-def test_a_black_map_is_certainly_nothing(posteriors, name, centred):
-    cam = CamPosterior(torch.zeros(2, D, 2, 2, dtype=torch.float64), posteriors[name], centred=centred)
+def test_a_black_map_is_certainly_nothing(name, centred):
+    cam = CamPosterior(torch.zeros(2, D, 2, 2, dtype=torch.float64), _posterior(name), centred=centred)
     assert float(cam.mean.abs().max()) == float(cam.sd.max()) == float(cam.exceedance(0.0).max()) == 0
 
 
 @each_posterior
-def test_no_image_no_map(posteriors, name):
-    assert CamPosterior(_maps()[:0], posteriors[name]).mean.shape == (0, K, 3, 4)
+def test_no_image_no_map(name):
+    assert CamPosterior(_maps()[:0], _posterior(name)).mean.shape == (0, K, 3, 4)
 
 
 @each_posterior
-def test_the_average_over_the_cells_and_the_bias_is_the_logit(posteriors, name):
+def test_the_average_over_the_cells_and_the_bias_is_the_logit(name):
     """Raw maps: mean_u CAM_c(u) + b_c = logit_c (Zhou et al. 2016)."""
-    maps, posterior = _maps(), posteriors[name]
+    maps, posterior = _maps(), _posterior(name)
     if name in ("draws", "nuts"):
         weight, bias = (part.mean(0) for part in posterior.flat())
     else:
@@ -193,20 +191,20 @@ def test_the_average_over_the_cells_and_the_bias_is_the_logit(posteriors, name):
 
 @each_posterior
 @each_kind
-def test_asked_twice_it_gives_the_same_bits_and_uses_no_global_random_numbers(posteriors, name, centred):
+def test_asked_twice_it_gives_the_same_bits_and_uses_no_global_random_numbers(name, centred):
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = _answers(_maps(), posteriors[name], centred)
+    first = _answers(_maps(), _posterior(name), centred)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    _assert_same(_answers(_maps(), posteriors[name], centred), first, rtol=0, atol=0)
+    _assert_same(_answers(_maps(), _posterior(name), centred), first, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in POSTERIORS if name not in ("draws", "nuts")])
-def test_maps_of_a_stored_posterior_are_the_same(posteriors, name, tmp_path):
-    posteriors[name].save(tmp_path / "laplace.safetensors")
+@pytest.mark.parametrize("name", GAUSSIANS)
+def test_maps_of_a_stored_posterior_are_the_same(name, tmp_path):
+    _posterior(name).save(tmp_path / "laplace.safetensors")
     again = load_laplace(tmp_path / "laplace.safetensors")
-    _assert_same(_answers(_maps(), again), _answers(_maps(), posteriors[name]), rtol=0, atol=0)
+    _assert_same(_answers(_maps(), again), _answers(_maps(), _posterior(name)), rtol=0, atol=0)
 
 
 def test_maps_of_stored_draws_are_the_same(tmp_path):
@@ -248,12 +246,12 @@ class TestEffectiveMaps:
     """Maps of a network whose last layer is not reached by an average: Grad-CAM and HiResCAM."""
 
     @each_posterior
-    def test_order_and_company_of_the_images_do_not_matter(self, posteriors, tail, method, name):
+    def test_order_and_company_of_the_images_do_not_matter(self, tail, method, name):
         images, order = _images(), torch.tensor([4, 1, 0, 3, 2])
-        whole = _answers(explanation_maps(tail, images, method=method), posteriors[name])
-        turned = _answers(explanation_maps(tail, images[order], method=method), posteriors[name])
+        whole = _answers(explanation_maps(tail, images, method=method), _posterior(name))
+        turned = _answers(explanation_maps(tail, images[order], method=method), _posterior(name))
         _assert_same(turned, whole, order, rtol=1e-5, atol=1e-6)
-        alone = _answers(explanation_maps(tail, images[2:3], method=method), posteriors[name])
+        alone = _answers(explanation_maps(tail, images[2:3], method=method), _posterior(name))
         _assert_same(alone, whole, slice(2, 3), rtol=1e-5, atol=1e-6)
 
     def test_the_network_and_the_images_stay_as_they_were_and_twice_is_once(self, tail, method):

@@ -92,6 +92,7 @@ def test_posteriors_do_not_depend_on_the_number_of_threads():
     _assert_close(found[1], found[0], rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_nuts_does_not_depend_on_threads_or_workers():
     """To the last bit: each chain has its own stream and one thread."""
     features, labels = _data(90, 3)
