@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from bayescam.backbone.network import check_name
-from bayescam.config import Config
+from bayescam.config import Config, read_config
 from bayescam.data.dataset import RadiographDataset
 from bayescam.data.split import assert_disjoint, equal_across_parts, split_by_patient
 from bayescam.doctor import environment, resolve_device
 from bayescam.errors import BayescamError, UsageError
 from bayescam.parallel import from_first, rank
+from bayescam.runfolder import RunFolder, of_images, sealed
 from bayescam.stages.state import RunState, warn
 from bayescam.storage import printable, read_json, write_csv, write_text
 
@@ -45,19 +46,43 @@ def read(state: RunState) -> None:
                 )
 
 
+def reopen(path: Path, *, device: str | None = None) -> RunState:
+    """A complete run to look at: its split, network and posteriors, and the very images that it saw.
+
+    What the run left out (by ``data.limit``, or as unreadable) is left out again, so that image i of ``dataset`` is row
+    i of ``split.csv``. Nothing is written.
+
+    Args:
+        path: the run folder.
+        device: where its network computes; None takes the run's.
+
+    Raises:
+        BayescamError: not a complete run on images, a file that was changed, or data that are not what they were.
+    """
+    folder = sealed(of_images(path))
+    state = RunState(RunFolder(folder), read_config(folder / "config.toml", {"device": device}), None)
+    _read_again(state, "--run")
+    return state
+
+
+def _read_again(state: RunState, flag: str) -> None:
+    """Open the data of a run whose ``data.json`` is there, and refuse others than it was made from."""
+    _drop_unreadable_again(state)
+    stored = read_json(state.folder / "data.json")
+    for field, value in _fingerprint(state.dataset).items():
+        if stored.get(field) != value:
+            raise UsageError(
+                f"{flag} {state.folder.path}: data.{field} was {stored.get(field)!r} and is now {value!r}; "
+                "go on with the data it began with"
+            )
+
+
 def _read_and_split(state: RunState) -> None:
     """Read, check and split; ``split.csv``, ``data.json``, ``environment.json``."""
     config, folder = state.config, state.folder
     check_device_and_name(config)
     if folder.done("data"):
-        _drop_unreadable_again(state)
-        stored = read_json(folder / "data.json")
-        for field, value in _fingerprint(state.dataset).items():
-            if stored.get(field) != value:
-                raise UsageError(
-                    f"--resume {folder.path}: data.{field} was {stored.get(field)!r} and is now {value!r}; "
-                    "resume with the data it began with"
-                )
+        _read_again(state, "--resume")
         return
     with folder.stage("data", ["split.csv", "data.json", "environment.json"]):
         bad = state.dataset.unreadable(num_workers=config.data.num_workers)
