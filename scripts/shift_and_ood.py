@@ -1,82 +1,49 @@
-"""What happens under shift and on unknown parts? NLL, ECE and OOD scores by method, corruption and severity.
+"""What happens under shift and on unknown images? NLL, ECE and OOD scores by method, corruption and severity.
 
     python scripts/shift_and_ood.py --run runs/phantom-... --out shift/ --members 3
+    python scripts/shift_and_ood.py --run runs/mura-... --out shift/ --unknown chests/
 
-Corruptions of five severities (blur, noise, rotation, exposure, occlusion) of a phantom run's test images; knees and
-feet, which the network never saw, as the unknown. A deep ensemble (trained here, --members) and MC dropout on the
-features are the rows that readers ask for. Every number has its 90 % bootstrap interval over patients, the same
-patients for all methods and corruptions. The ensemble takes --members trainings; the rest a minute or two.
+The test images of a complete run, clean and under corruptions of five severities (bayescam/data/corruptions.py); as the
+unknown all images below --unknown or, for a run on the phantom, knees and feet, which the network never saw. Two rows
+that readers ask for are trained here, as the run trained its network: a deep ensemble (--members) and MC dropout
+(--dropout before the last layer, masks drawn at prediction; Gal and Ghahramani 2016, arXiv:1506.02142). Every number
+has its 90 % bootstrap interval over patients, the same patients for all methods and corruptions. The trainings take
+--members + 1 times as long as the run's; the rest a few minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional
+from _networks import probabilities, trained, under_masks
+from _printed import kept
+from torch import Tensor
 
 import bayescam as bc
-from bayescam.backbone.training import TrainingSettings, train_backbone
-from bayescam.config import read_config
+from bayescam.data.corruptions import CORRUPTIONS, SEVERITIES, corrupted
+from bayescam.data.dataset import Radiograph, RadiographDataset
+from bayescam.data.folder import SUFFIXES, is_clutter
+from bayescam.data.phantom.clinic import OTHER_PARTS
 from bayescam.data.phantom.dataset import phantom_dataset
-from bayescam.data.pixels import Pixels
 from bayescam.diagnose.calibration import entropy, mutual_information
 from bayescam.diagnose.intervals import interval, resampled_metrics
 from bayescam.diagnose.uncertainty import ood_with_intervals
-from bayescam.posterior.laplace import load_laplace
-from bayescam.posterior.nuts import Nuts
-from bayescam.report.style import COLOURS, NAMES, named_ticks, new_figure, plain
-from bayescam.runfolder import read_split
-from bayescam.stages.state import GAUSSIANS
+from bayescam.errors import BayescamError
+from bayescam.report.shift import MARKS, shift_figure, title
+from bayescam.stages.reading import reopen
+from bayescam.stages.state import RunState
 from bayescam.storage import atomic_path, write_text
 
-SEVERITIES = (1, 2, 3, 4, 5)
 METRICS = ("accuracy", "nll", "ece", "brier")
-DROPOUT, PASSES, DRAWS = 0.2, 50, 500
-OTHER_NAMES = {"mc_dropout": "MC dropout", "deep_ensemble": "deep ensemble"}
-OTHERS = ("#8c564b", "#bcbd22")
-
-
-def blur(images, severity, generator):
-    sd = 0.6 * severity * images.shape[-1] / 128
-    reach = max(1, int(3 * sd))
-    line = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sd) ** 2)
-    kernel = line[:, None] * line[None] / line.sum() ** 2
-    return functional.conv2d(functional.pad(images, [reach] * 4, mode="replicate"), kernel[None, None])
-
-
-def noise(images, severity, generator):
-    return images + 0.04 * severity * torch.randn(images.shape, generator=generator)
-
-
-def rotation(images, severity, generator):
-    angle = torch.tensor(15.0 * severity).deg2rad()
-    matrix = torch.tensor([[angle.cos(), -angle.sin(), 0], [angle.sin(), angle.cos(), 0]])
-    grid = functional.affine_grid(matrix.expand(len(images), 2, 3), list(images.shape), align_corners=False)
-    return functional.grid_sample(images, grid, align_corners=False)
-
-
-def exposure(images, severity, generator):
-    return images ** (1 + 0.35 * severity)
-
-
-def occlusion(images, severity, generator):
-    size = images.shape[-1]
-    side = int(size * 0.12 * severity)
-    covered = images.clone()
-    corners = torch.randint(0, size - side + 1, (len(images), 2), generator=generator)
-    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    top, left = corners[:, 0, None, None], corners[:, 1, None, None]
-    covered[((y >= top) & (y < top + side) & (x >= left) & (x < left + side))[:, None]] = 0
-    return covered
-
-
-CORRUPTIONS = {f.__name__: f for f in (blur, noise, rotation, exposure, occlusion)}
+PASSES, DRAWS = 50, 500
+# Probabilities (N, K) and, where a method has more than one set of weights, mutual information (N,).
+Prediction = tuple[np.ndarray, np.ndarray | None]
 
 
 def main() -> None:
@@ -84,163 +51,145 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--members", type=int, default=3, help="networks in the deep ensemble, 0 for none")
-    parser.add_argument("--unknown", type=int, default=200, help="images of knees and feet")
+    parser.add_argument("--dropout", type=float, default=0.5, help="rate of the network with dropout, 0 for none")
+    parser.add_argument("--unknown", type=Path, metavar="FOLDER", help="images of what the network was not taught")
+    parser.add_argument("--num-unknown", type=int, default=200, help="of them at most, drawn by the seed")
     parser.add_argument("--limit", type=int, default=300, help="test images at most")
-    parser.add_argument("--seed", type=int, default=0, help="of the corruptions, the unknown parts, dropout and draws")
+    parser.add_argument("--device", default="auto", help="of the networks")
+    parser.add_argument("--seed", type=int, default=0, help="of the corruptions, the unknown images, masks and draws")
     parsed = parser.parse_args()
-    predict, pixels, labels, patients, rows = load(parsed.run, parsed.members, parsed.seed)
-    rows = rows[: parsed.limit]
+    with kept(parsed.out, "shift_and_ood.md"):
+        measure(parsed)
+
+
+def measure(parsed: argparse.Namespace) -> None:
+    """Score, write, draw, print."""
+    state = reopen(parsed.run, device=parsed.device)
+    others = unknown_images(state, parsed)
+    rows = state.rows("test")[: parsed.limit]
+    clean, truth = state.pixels.batch(rows), (state.dataset.labels[rows], state.test_patients[: parsed.limit])
+    predict = predictor(state, parsed)
+    near = predict(clean)
+    table = [{"corruption": "none", "severity": 0, **row} for row in score(near, *truth)]
     generator = torch.Generator().manual_seed(parsed.seed)
-    clean, truth = pixels.batch(rows), (labels[rows], patients[rows])
-    table = [{"corruption": "none", "severity": 0, **row} for row in score(predict, clean, *truth)]
-    for name, corrupt in CORRUPTIONS.items():
+    for name in CORRUPTIONS:
         for severity in SEVERITIES:
-            moved = corrupt(clean, severity, generator).clamp(0, 1)
-            table += [{"corruption": name, "severity": severity, **row} for row in score(predict, moved, *truth)]
-    outside = phantom_dataset(parsed.unknown, parsed.seed, parts=("knee", "foot"))
-    images = outside.pixels(pixels.images.shape[1]).batch(np.arange(len(outside)))
-    unknown = ood(predict, clean, images, patients[rows], np.array(outside.groups()))
+            found = predict(corrupted(clean, name, severity, generator))
+            table += [{"corruption": name, "severity": severity, **row} for row in score(found, *truth)]
+    unknown = []
+    if others is None:
+        print("unknown images: left out; name a folder of images of what this network was not taught with --unknown\n")
+    else:
+        far = predict(others.pixels(state.image_size).batch(np.arange(len(others))))
+        unknown = ood(near, far, truth[1], np.array(others.groups()))
     shift = [{**row, **{name: interval(row[name]) for name in METRICS}} for row in table]
     write_text(
         parsed.out / "shift_and_ood.json", json.dumps({"shift": shift, "ood": unknown}, indent=1, default=asdict)
     )
     with atomic_path(parsed.out / "shift_and_ood.png") as temporary:
-        draw(shift, unknown).savefig(temporary, dpi=130, format="png")
+        shift_figure(*for_figure(shift, unknown)).savefig(temporary, dpi=130, format="png")
     print(in_words(table, unknown))
 
 
-def draw(table, unknown):
-    """NLL against severity, one panel a corruption, and how well each method tells unknown parts."""
-    names = list(dict.fromkeys(row["method"] for row in table))
-    colours = {name: COLOURS.get(name, other) for name, other in zip(names, itertools.cycle(OTHERS), strict=False)}
-    figure = new_figure(10, 6.4)
-    panels = figure.subplots(2, 3).ravel()
-    for axes, corruption in zip(panels, CORRUPTIONS, strict=False):
-        plain(axes, title=corruption, x="severity", y="NLL, nat")
-        for place, name in enumerate(names):
-            found = [row for row in table if row["method"] == name and row["corruption"] in ("none", corruption)]
-            severity = [row["severity"] + 0.05 * (place - (len(names) - 1) / 2) for row in found]
-            nll = [row["nll"] for row in found]
-            line, colour = "--" if name in OTHER_NAMES else "-", colours[name]
-            axes.plot(
-                severity, [one.value for one in nll], line, marker="o", ms=3, lw=1.3, color=colour, label=title(name)
-            )
-            axes.vlines(severity, [one.low for one in nll], [one.high for one in nll], color=colour, lw=0.8)
-        axes.set_ylim(bottom=0)
-    axes = plain(panels[-1], title="Parts never seen: AUROC", x="", y="")
-    axes.set_xlabel("dot: entropy; cross: mutual information", fontsize=8)
-    for row in unknown:
-        place = names.index(row["method"]) + (0.15 if row["score"] == "entropy" else -0.15)
-        one, mark = row["auroc"], "o" if row["score"] == "entropy" else "x"
-        axes.plot([one.value], [place], mark, ms=4, color=colours[row["method"]])
-        axes.hlines([place], [one.low], [one.high], color=colours[row["method"]], lw=1.2)
-    axes.axvline(0.5, color="0.6", lw=0.8, ls=":")
-    named_ticks(axes, [title(name) for name in names], axis="y")
-    axes.invert_yaxis()
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-    return figure
+def unknown_images(state: RunState, parsed: argparse.Namespace) -> RadiographDataset | None:
+    """Some images of what the network was not taught; None where neither a folder nor the phantom has them."""
+    if parsed.unknown is None:
+        if state.config.data.spec != "phantom":
+            return None
+        return phantom_dataset(parsed.num_unknown, parsed.seed, parts=OTHER_PARTS)
+    root = parsed.unknown
+    files = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in SUFFIXES and not is_clutter(path.name)]
+    if not files:
+        raise BayescamError(f"--unknown {root}: no images in it; name a folder of {', '.join(SUFFIXES)}")
+    chosen = sorted(np.random.default_rng(parsed.seed).permutation(len(files))[: parsed.num_unknown])
+    records = [Radiograph(files[i].relative_to(root).as_posix(), 0, path=files[i]) for i in chosen]
+    return RadiographDataset("unknown", ("unknown",), tuple(records), root)
 
 
-def title(name: str) -> str:
-    return OTHER_NAMES.get(name) or NAMES.get(name, name)
+def predictor(state: RunState, parsed: argparse.Namespace) -> Callable[[Tensor], dict[str, Prediction]]:
+    """What gives every method's prediction of images (N, 1, S, S); trains the networks that are no run's."""
+    backbone, seed = state.backbone, parsed.seed
 
-
-def load(run: Path, members: int, seed: int):
-    """What predicts, and the run's pixels, labels, patients and test rows.
-
-    ``predict(images)`` gives each method's probabilities (N, K) and, where it has more than one set of weights, its
-    mutual information (N,), float64.
-    """
-    config = read_config(run / "config.toml", {})
-    dataset = bc.open_dataset(config.data.spec, root=config.data.root, num=config.data.phantom_images, seed=config.seed)
-    backbone, classes = bc.Backbone.load(run / "backbone.safetensors")
-    pixels = dataset.pixels(backbone.image_size)
-    split, patients = map(np.array, read_split(run))
-    full = load_laplace(run / GAUSSIANS["laplace_full"])
-    nuts = Nuts.load(run / "posterior/nuts.safetensors")
-
-    def gaussian(file):
-        posterior = load_laplace(run / file)
+    def gaussian(posterior: bc.Laplace) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         draws = posterior.sample(DRAWS, seed=seed)
         return lambda images, phi: (posterior.predict_proba(phi), mutual_information(draws, phi))
 
-    def dropped(images, phi):
-        generator = torch.Generator().manual_seed(seed)
-        keep = (torch.rand(PASSES, *phi.shape, generator=generator) >= DROPOUT) / (1 - DROPOUT)
-        return mixed(torch.softmax(backbone.head(phi * keep), -1))
-
-    methods = {
-        "cnn": lambda images, phi: (torch.softmax(backbone.head(phi), 1), None),
-        "mc_dropout": dropped,
-        "map": lambda images, phi: (torch.softmax(full.map_logits(phi), 1), None),
-        **{name: gaussian(file) for name, file in GAUSSIANS.items()},
-        "nuts": lambda images, phi: (bc.predict_proba(nuts.draws, phi), mutual_information(nuts.draws, phi)),
+    methods: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]] = {
+        "cnn": lambda images, phi: (probabilities(backbone, images), None),
+        "map": lambda images, phi: (torch.softmax(state.gaussians["laplace_full"].map_logits(phi), 1), None),
+        **{name: gaussian(posterior) for name, posterior in state.gaussians.items()},
+        "nuts": lambda images, phi: (
+            bc.predict_proba(state.nuts.draws, phi),
+            mutual_information(state.nuts.draws, phi),
+        ),
     }
-    if members:
-        networks = ensemble(config, pixels, dataset.labels, split, len(classes), members)
-        methods["deep_ensemble"] = lambda images, phi: mixed(torch.stack([softmax(one, images) for one in networks]))
+    if parsed.dropout:
+        dropped = trained(state, state.config.seed, dropout=parsed.dropout)
+        methods["mc_dropout"] = lambda images, phi: mixed(under_masks(dropped, images, PASSES, seed))
+    if parsed.members:
+        several = [trained(state, state.config.seed + member) for member in range(1, parsed.members + 1)]
+        methods["deep_ensemble"] = lambda images, phi: mixed(
+            torch.stack([probabilities(one, images) for one in several])
+        )
 
-    def predict(images):
-        with backbone.evaluating(), torch.no_grad():
-            phi = torch.cat([backbone.pool(backbone.maps(part)) for part in images.split(128)])
-            found = {name: method(images, phi) for name, method in methods.items()}
-        return {name: [None if one is None else one.double().numpy() for one in pair] for name, pair in found.items()}
+    def predict(images: Tensor) -> dict[str, Prediction]:
+        with backbone.evaluating():
+            parts = [backbone.pool(backbone.maps(part.to(state.device))) for part in images.split(128)]
+        phi = torch.cat(parts).cpu()
+        found = {name: method(images, phi) for name, method in methods.items()}
+        return {name: (p.double().numpy(), None if i is None else i.double().numpy()) for name, (p, i) in found.items()}
 
-    return predict, pixels, dataset.labels, patients, np.flatnonzero(split == "test")
+    return predict
 
 
-def mixed(probs):
+def mixed(probs: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of (S, N, K) probabilities, and what knowing which of the S is right would tell: H(E p) - E H(p)."""
     return probs.mean(0), entropy(probs.mean(0)) - entropy(probs).mean(0)
 
 
-def softmax(network, images):
-    with network.evaluating():
-        return torch.cat([torch.softmax(network(part), 1) for part in images.split(128)])
-
-
-def ensemble(config, pixels: Pixels, labels, split, num_classes, members):
-    """Networks trained from other seeds (Lakshminarayanan et al. 2017)."""
-    networks = []
-    for member in range(1, members + 1):
-        torch.manual_seed(config.seed + member)
-        network = bc.Backbone(config.backbone.name, num_classes, image_size=pixels.images.shape[1])
-        settings = TrainingSettings(**vars(config.train))
-        train, valid = np.flatnonzero(split == "train"), np.flatnonzero(split == "valid")
-        train_backbone(network, pixels, labels, train=train, valid=valid, settings=settings, seed=config.seed + member)
-        networks.append(network)
-    return networks
-
-
-def score(predict, images, labels, patients):
+def score(found: dict[str, Prediction], labels: np.ndarray, patients: np.ndarray) -> list[dict]:
     """The metrics of every method: of the sample, then of resamples of its patients, (1 + R,)."""
-    rows = []
-    for name, (probs, _) in predict(images).items():
-        found = resampled_metrics(probs, labels, patients)
-        rows.append({"method": name, **{metric: found[metric] for metric in METRICS}})
-    return rows
+    resampled = {name: resampled_metrics(probs, labels, patients) for name, (probs, _) in found.items()}
+    return [{"method": name, **{metric: one[metric] for metric in METRICS}} for name, one in resampled.items()]
 
 
-def ood(predict, inside, outside, inside_patients, outside_patients):
-    """Entropy and mutual information as scores: known test images against unknown parts."""
+def ood(
+    near: dict[str, Prediction], far: dict[str, Prediction], near_patients: np.ndarray, far_patients: np.ndarray
+) -> list[dict]:
+    """Entropy and mutual information as scores: known test images against unknown ones."""
     rows = []
-    far = predict(outside)
-    for name, near in predict(inside).items():
-        for measure, a, b in zip(("entropy", "mutual information"), scores(*near), scores(*far[name]), strict=True):
+    for name in near:
+        for measure, a, b in zip(MARKS, scores(*near[name]), scores(*far[name]), strict=True):
             if a is not None:
-                found = ood_with_intervals(a, b, inside_patients, outside_patients)
+                found = ood_with_intervals(a, b, near_patients, far_patients)
                 rows.append({"method": name, "score": measure, **found})
     return rows
 
 
-def scores(probs, information):
+def scores(probs: np.ndarray, information: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
     return entropy(torch.from_numpy(probs)).numpy(), information
 
 
-def in_words(table, unknown) -> str:
-    columns = ["clean NLL", "shifted NLL", "clean ECE", "shifted ECE", "AUROC, entropy", "FPR95, entropy"]
-    columns += ["AUROC, mutual information", "FPR95, mutual information"]
+def for_figure(shift: list[dict], unknown: list[dict]) -> tuple[dict, dict]:
+    """NLL by corruption, method and severity, and AUROC by method and score."""
+    names = list(dict.fromkeys(row["method"] for row in shift))
+    nll = {
+        corruption: {
+            name: [row["nll"] for row in shift if row["method"] == name and row["corruption"] in ("none", corruption)]
+            for name in names
+        }
+        for corruption in CORRUPTIONS
+    }
+    auroc: dict[str, dict] = {}
+    for row in unknown:
+        auroc.setdefault(row["method"], {})[row["score"]] = row["auroc"]
+    return nll, auroc
+
+
+def in_words(table: list[dict], unknown: list[dict]) -> str:
+    """One row a method: means over all corruptions and severities, and how well it tells unknown images."""
+    columns = ["clean NLL", "shifted NLL", "clean ECE", "shifted ECE"]
+    columns += [f"{what}, {measure}" for measure in MARKS for what in ("AUROC", "FPR95")]
     lines = [f"| method | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for name in dict.fromkeys(row["method"] for row in table):
         own = [row for row in table if row["method"] == name]
@@ -249,7 +198,7 @@ def in_words(table, unknown) -> str:
             clean = [row[metric] for row in own if row["severity"] == 0]
             shifted = [row[metric] for row in own if row["severity"] > 0]
             cells += [f"{interval(np.mean(values, axis=0)):.3f}" for values in (clean, shifted)]
-        for measure in ("entropy", "mutual information"):
+        for measure in MARKS:
             far = [row for row in unknown if (row["method"], row["score"]) == (name, measure)]
             cells += [f"{far[0][key]:.3f}" if far else "-" for key in ("auroc", "fpr95")]
         lines.append(f"| {title(name)} | {' | '.join(cells)} |")
