@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _features import of_run
 from _printed import kept
-from real_features import HALVES, PER_CLASS, TestSet, distance, frozen_features, read_images
+from last_layers.images import PER_CLASS, Sets, add_arguments, frozen_features, read_images
 
 import bayescam as bc
-from bayescam.runfolder import read_split
-from bayescam.storage import load_tensors
+from bayescam.diagnose.compare import total_variation
+from bayescam.diagnose.weight_agreement import halves
 
 METHODS = ("mc", "pairwise", "bridge", "map")
 
@@ -32,6 +33,7 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--zip", type=Path, help="the development images, class/*.jpeg")
     source.add_argument("--run", type=Path, help="a complete run, whose features are used")
+    add_arguments(parser)
     parser.add_argument("--width", type=int, default=32, help="D of the network trained on --zip")
     parser.add_argument("--per-class", type=int, nargs="+", default=[15, PER_CLASS], help="training images")
     parser.add_argument("--prior-precision", nargs="+", default=["0.01", "0.1", "1", "10", "evidence"])
@@ -45,7 +47,7 @@ def main() -> None:
 
 def measure(chosen: argparse.Namespace) -> None:
     """One row a training set, prior precision and kind of test image; then how often each was the nearest."""
-    features, labels = of_run(chosen.run) if chosen.run else of_images(chosen)
+    features, labels = of_a_run(chosen) if chosen.run else of_images(chosen)
     num_classes = int(labels.max()) + 1
     columns = [f"{gaussian}, {method}" for gaussian in ("Laplace", "refined") for method in METHODS]
     print(f"D = {features['train'].shape[1]}, K = {num_classes}\n")
@@ -59,24 +61,21 @@ def measure(chosen: argparse.Namespace) -> None:
     summary(found)
 
 
-def of_images(chosen: argparse.Namespace) -> tuple[TestSet, torch.Tensor]:
+def of_images(chosen: argparse.Namespace) -> tuple[Sets, torch.Tensor]:
     """Features of the sets train, clean and shifted, and the labels of train."""
-    pixels, labels, num_classes = read_images(chosen.zip, np.random.default_rng(chosen.seed))
+    pixels, labels, num_classes = read_images(chosen.zip, chosen.images, np.random.default_rng(chosen.seed))
     return frozen_features(pixels, labels["train"], num_classes, chosen.width, chosen.seed), labels["train"]
 
 
-def of_run(run: Path) -> tuple[TestSet, torch.Tensor]:
+def of_a_run(chosen: argparse.Namespace) -> tuple[Sets, torch.Tensor]:
     """Features of train and test, and the labels of train."""
-    tensors, _ = load_tensors(run / "features.safetensors", kind="features")
-    split = np.array(read_split(run)[0])
-    train, test = (torch.from_numpy(split == part) for part in ("train", "test"))
-    phi = tensors["features"]
-    return {"train": phi[train], "clean": phi[test]}, tensors["labels"][train]
+    parts = of_run(chosen.run)
+    return {"train": parts["train"].features, "clean": parts["test"].features}, parts["train"].labels
 
 
 def distances(
     train: tuple[torch.Tensor, torch.Tensor],
-    features: TestSet,
+    features: Sets,
     num_classes: int,
     tau: float | str,
     chosen: argparse.Namespace,
@@ -90,11 +89,11 @@ def distances(
         phi = features[part]
         referee = bc.predict_proba(draws, phi).double()
         away = [
-            distance(gaussian.predict_proba(phi, method=method).double(), referee)
+            total_variation(gaussian.predict_proba(phi, method=method).double(), referee)
             for gaussian in (fit, refined)
             for method in METHODS
         ]
-        floor = distance(*(bc.predict_proba(bc.Draws(draws.weight[s], draws.bias[s]), phi) for s in HALVES))
+        floor = total_variation(*(bc.predict_proba(half, phi) for half in halves(draws)))
         chosen_by = " (evidence)" if tau == "evidence" else ""
         cells = " | ".join(f"{value:.4f}" for value in away)
         print(

@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
+from _features import of_run
 
 from bayescam.config import read_config
 from bayescam.diagnose.intervals import Interval, metrics_with_intervals
@@ -24,9 +24,8 @@ from bayescam.posterior.laplace import load_laplace
 from bayescam.posterior.nuts import sample_nuts
 from bayescam.posterior.predictive import predict_proba
 from bayescam.report.style import NAMES
-from bayescam.runfolder import read_split
 from bayescam.stages.state import GAUSSIANS
-from bayescam.storage import load_tensors, write_text
+from bayescam.storage import write_text
 
 # Vilter and Daglaroglou (DTU), Table 1: MURA, 3,197 test images. Hours of fit and of prior tuning.
 STUDY = {
@@ -91,18 +90,15 @@ def make_table(folder: Path, seed: int) -> str:
 
 def hierarchical(folder: Path, seed: int, level: float) -> tuple[dict[str, Interval], float]:
     """Metrics and seconds of as much NUTS as the run had, with tau ~ Gamma(1, rate 0.1) sampled with the weights."""
-    tensors, _ = load_tensors(folder / "features.safetensors", kind="features")
-    split, patients = map(np.array, read_split(folder))
-    (features, labels), (phi, truth) = (
-        (tensors["features"][split == part], tensors["labels"][split == part]) for part in ("train", "test")
-    )
+    parts = of_run(folder)
+    train, test = parts["train"], parts["test"]
     laplace = load_laplace(folder / GAUSSIANS["laplace_refined"])
     begun = time.perf_counter()
     sizes = asdict(read_config(folder / "config.toml", {}).nuts)
-    nuts = sample_nuts(laplace, features, labels, tau_prior="gamma", seed=seed, **sizes)
+    nuts = sample_nuts(laplace, train.features, train.labels, tau_prior="gamma", seed=seed, **sizes)
     seconds = time.perf_counter() - begun
-    probs = predict_proba(nuts.draws, phi).double().numpy()
-    return metrics_with_intervals(probs, truth.numpy(), patients[split == "test"], level=level), seconds
+    probs = predict_proba(nuts.draws, test.features).double().numpy()
+    return metrics_with_intervals(probs, test.labels.numpy(), test.patients, level=level), seconds
 
 
 if __name__ == "__main__":
