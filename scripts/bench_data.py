@@ -39,9 +39,9 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
-def write_phantom(root: Path, num: int) -> Path:
+def write_phantom(root: Path, num: int, seed: int) -> Path:
     """Simulated radiographs of 256 pixels as class folders of 8-bit PNG."""
-    dataset = phantom_dataset(num, 0, size=256)
+    dataset = phantom_dataset(num, seed, size=256)
     for i, record in enumerate(dataset.records):
         folder = root / dataset.classes[record.label]
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,9 +81,9 @@ def file_lines(root: Path, size: int, repeats: int) -> tuple[int, dict[str, floa
     return len(paths), lines
 
 
-def phantom_lines(num: int, size: int) -> dict[str, float]:
+def phantom_lines(num: int, size: int, seed: int) -> dict[str, float]:
     """Drawing the phantom, with the processes' start."""
-    dataset = phantom_dataset(num, 1)
+    dataset = phantom_dataset(num, seed)
 
     def drawn(workers: int) -> object:
         with tempfile.TemporaryDirectory() as cache:
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=3000, help="simulated images")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0, help="of the simulated images")
     parser.add_argument("--out", type=Path, help="folder for a file of what is printed")
     asked = parser.parse_args()
     with kept(asked.out, "bench_data.txt"):
@@ -111,12 +112,12 @@ def main() -> None:
 def measure(asked: argparse.Namespace) -> None:
     """Measure and print the table."""
     with tempfile.TemporaryDirectory() as folder:
-        root = asked.data or write_phantom(Path(folder), asked.num)
+        root = asked.data or write_phantom(Path(folder), asked.num, asked.seed)
         num, lines = file_lines(root, asked.size, asked.repeats)
     reference = num / next(iter(lines.values()))
     print(f"{num} files, squares of {asked.size}, {os.cpu_count()} cores")
     rates = {name: num / took for name, took in lines.items()}
-    rates |= {name: asked.num / took for name, took in phantom_lines(asked.num, asked.size).items()}
+    rates |= {name: asked.num / took for name, took in phantom_lines(asked.num, asked.size, asked.seed + 1).items()}
     print(f"{'':<44} {'images/s':>9} {'ratio':>7}")
     for name, rate in rates.items():
         print(f"{name:<44} {rate:>9.0f} {rate / reference:>7.2f}")

@@ -30,9 +30,9 @@ from bayescam.posterior.laplace import curvature_at
 from bayescam.posterior.map import find_map, whitening
 
 
-def simulate(num_images: int, width: int, num_classes: int) -> tuple[Tensor, Tensor]:
+def simulate(num_images: int, width: int, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
     """Features like a pooled ReLU layer's: correlated, non-negative; labels from a confident last layer."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(num_images, 32, generator=generator) @ torch.randn(32, width, generator=generator) / 6
     phi = torch.relu(hidden + 0.3 * torch.randn(num_images, width, generator=generator))
     weight = torch.randn(num_classes, width, generator=generator)
@@ -89,10 +89,9 @@ def pyro_laplace(phi: Tensor, labels: Tensor, fit: bc.Laplace) -> str:
     return ""
 
 
-def compare(
-    num_images: int, width: int, num_classes: int, peers: list[str], batches: list[int], repeats: int, refine: bool
-) -> None:
-    phi, labels = simulate(num_images, width, num_classes)
+def compare(width: int, parsed: argparse.Namespace) -> None:
+    num_images, num_classes, repeats = parsed.images, parsed.classes, parsed.repeats
+    phi, labels = simulate(num_images, width, num_classes, parsed.seed)
     floor = seconds(lambda: dense_products(phi, num_classes), repeats)
     images = check_images(phi, labels)
     coordinates = whitening(images)
@@ -111,17 +110,18 @@ def compare(
             functools.partial(bc.fit_laplace, phi, labels, prior_precision=1.0, structure=structure), repeats
         )
         rows.append((f"ours: {structure}", took, ""))
-    if refine:
+    if parsed.refine:
         found = fit.refine(phi, labels).refinement
         ended = f"{found.curvatures} Hessians, ELBO {found.elbo[-1]:.3f}, converged: {found.converged}"
         rows.append(("ours: refine, after the fit", seconds(functools.partial(fit.refine, phi, labels)), ended))
     show_row = functools.partial(show, floor=floor, curvature=curvature, whole=whole)
     for row in rows:
         show_row(*row)
-    for structure, batch in itertools.product(("full", "kron", "diag"), batches if "laplace-torch" in peers else ()):
+    batches = parsed.batch if "laplace-torch" in parsed.peers else ()
+    for structure, batch in itertools.product(("full", "kron", "diag"), batches):
         took = seconds(functools.partial(laplace_torch, phi, labels, fit, structure, batch))
         show_row(f"laplace-torch, {structure} (Hessian alone)", took, f"in batches of {batch}")
-    if "pyro" in peers:
+    if "pyro" in parsed.peers:
         ended: list[str] = []
         took = seconds(lambda: ended.append(pyro_laplace(phi, labels, fit)))
         show_row("Pyro laplace_approximation (Hessian alone)", took, ended[0])
@@ -132,24 +132,25 @@ def show(name: str, took: float, remark: str, *, floor: float, curvature: float,
     print(f"| {name} {remark} | {took:.3f} | {ratios} |", flush=True)
 
 
-def exponents(repeats: int) -> None:
+def exponents(parsed: argparse.Namespace) -> None:
     """Least-squares slopes of log time against log N, log D and log K, one varied at a time."""
     print("\n| varied | values | s | exponent |\n|---|---|---|---|")
     for name, values in {"N": (5000, 10_000, 20_000), "D": (128, 256, 512), "K": (4, 8, 16)}.items():
         took = []
         for value in values:
             size = {"N": 10_000, "D": 128, "K": 5} | {name: value}
-            phi, labels = simulate(size["N"], size["D"], size["K"])
+            phi, labels = simulate(size["N"], size["D"], size["K"], parsed.seed)
             fit = functools.partial(bc.fit_laplace, phi, labels, num_classes=size["K"], prior_precision=1.0)
-            took.append(seconds(fit, repeats))
+            took.append(seconds(fit, parsed.repeats))
         x, y = torch.tensor(values).double().log(), torch.tensor(took).double().log()
         slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
         print(f"| {name} | {values} | {', '.join(f'{t:.2f}' for t in took)} | {slope:.2f} |", flush=True)
 
 
-def many_classes(num_images: int, peers: list[str], batch: int) -> None:
+def many_classes(parsed: argparse.Namespace) -> None:
     """1,000 classes of width 2,048: fit, draw, predict; beside kron, laplace-torch's."""
-    phi, labels = simulate(num_images, 2048, 1000)
+    num_images, batch = parsed.many, max(parsed.batch)
+    phi, labels = simulate(num_images, 2048, 1000, parsed.seed)
     labels[:1000] = torch.arange(1000)[:num_images]
     print(f"\nN = {num_images:,}, D = 2,048, K = 1,000\n\n| what | fit, s | 20 draws, s | 100 images predicted, s |")
     print("|---|---|---|---|")
@@ -157,10 +158,10 @@ def many_classes(num_images: int, peers: list[str], batch: int) -> None:
         begun = time.perf_counter()
         fit = bc.fit_laplace(phi, labels, num_classes=1000, prior_precision=1.0, structure=structure)
         took = time.perf_counter() - begun
-        drawn = seconds(functools.partial(fit.sample, 20, seed=0))
+        drawn = seconds(functools.partial(fit.sample, 20, seed=parsed.seed))
         predicted = seconds(functools.partial(fit.predict_proba, phi[:100]))
         print(f"| ours: {structure}, {peak()} | {took:.1f} | {drawn:.1f} | {predicted:.1f} |", flush=True)
-    if "laplace-torch" in peers:
+    if "laplace-torch" in parsed.peers:
         theirs = seconds(lambda: laplace_torch(phi, labels, fit, "kron", batch))
         print(f"| laplace-torch, kron (Hessian alone) in batches of {batch}, {peak()} | {theirs:.1f} | | |", flush=True)
 
@@ -179,17 +180,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="*", default=[1024], help="images a batch of laplace-torch")
     parser.add_argument("--refine", action="store_true", help="also the Gaussian nearest in KL(q || posterior)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0, help="of the simulated features and labels, and of the draws")
     parser.add_argument("--exponents", action="store_true", help="fit time against N, D and K")
     parser.add_argument("--many", type=int, default=0, metavar="N", help="1,000 classes at width 2,048 from N images")
     parser.add_argument("--out", type=Path, help="folder for a file of what is printed")
     parsed = parser.parse_args()
     with kept(parsed.out, "bench_laplace.md"):
         for width in parsed.width:
-            compare(parsed.images, width, parsed.classes, parsed.peers, parsed.batch, parsed.repeats, parsed.refine)
+            compare(width, parsed)
         if parsed.exponents:
-            exponents(parsed.repeats)
+            exponents(parsed)
         if parsed.many:
-            many_classes(parsed.many, parsed.peers, max(parsed.batch))
+            many_classes(parsed)
         print(peak())
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _printed import kept
 
 from bayescam.diagnose.arviz_compat import ess, rhat
 from bayescam.posterior.draws import Draws
@@ -84,7 +85,7 @@ def cost(run: Nuts) -> dict[str, float]:
     }
 
 
-def python_share(features: torch.Tensor, labels: torch.Tensor, num_draws: int) -> float:
+def python_share(features: torch.Tensor, labels: torch.Tensor, num_draws: int, seed: int) -> float:
     """Share of a chain's time outside the potential and its gradient: trees, leapfrogs and adaptation in Python."""
     from bayescam.posterior.images import check_images
 
@@ -99,17 +100,17 @@ def python_share(features: torch.Tensor, labels: torch.Tensor, num_draws: int) -
         return out
 
     potential.value_and_gradient = timed  # type: ignore[method-assign]
-    chain = sample_chain(potential, ChainSettings("nuts", num_draws, 50, seed=0), 0)
+    chain = sample_chain(potential, ChainSettings("nuts", num_draws, 50, seed=seed), 0)
     return 1 - spent[0] / chain.seconds
 
 
-def run_pyro(features: torch.Tensor, labels: torch.Tensor, samples: int) -> tuple[Draws, dict]:
+def run_pyro(features: torch.Tensor, labels: torch.Tensor, samples: int, seed: int) -> tuple[Draws, dict]:
     import pyro
     from pyro.infer import MCMC, NUTS
 
     from bayescam.posterior.model import last_layer
 
-    pyro.set_rng_seed(0)
+    pyro.set_rng_seed(seed)
     steps: list[int] = []
     kernel = NUTS(last_layer)
     build = kernel._build_basetree
@@ -120,7 +121,7 @@ def run_pyro(features: torch.Tensor, labels: torch.Tensor, samples: int) -> tupl
     return Draws(drawn["weight"], drawn["bias"]), {"steps_per_draw": len(steps) / (2 * samples)}
 
 
-def run_numpyro(features: torch.Tensor, labels: torch.Tensor, samples: int) -> tuple[Draws, dict]:
+def run_numpyro(features: torch.Tensor, labels: torch.Tensor, samples: int, seed: int) -> tuple[Draws, dict]:
     import jax
     import numpyro
     import numpyro.distributions as dist
@@ -133,7 +134,7 @@ def run_numpyro(features: torch.Tensor, labels: torch.Tensor, samples: int) -> t
 
     mcmc = MCMC(NUTS(model), num_warmup=samples, num_samples=samples, progress_bar=False)
     phi, y = jax.numpy.asarray(features.numpy()), jax.numpy.asarray(labels.numpy())
-    mcmc.run(jax.random.PRNGKey(0), phi, y, int(labels.max()) + 1, extra_fields=("num_steps",))
+    mcmc.run(jax.random.PRNGKey(seed), phi, y, int(labels.max()) + 1, extra_fields=("num_steps",))
     drawn = mcmc.get_samples(group_by_chain=True)
     weight, bias = (torch.from_numpy(np.array(drawn[name])) for name in ("weight", "bias"))
     return Draws(weight, bias), {"steps_per_draw": float(np.mean(mcmc.get_extra_fields()["num_steps"]))}
@@ -172,11 +173,11 @@ def agreement(ours: dict, theirs: dict) -> dict[str, float]:
     }
 
 
-def profile(features: torch.Tensor, labels: torch.Tensor) -> None:
+def profile(features: torch.Tensor, labels: torch.Tensor, seed: int) -> None:
     laplace = fit_laplace(features, labels, prior_precision=TAU)
     profiler = cProfile.Profile()
     profiler.runcall(
-        sample_nuts, laplace, features, labels, num_chains=1, num_samples=200, num_warmup=100, progress=False
+        sample_nuts, laplace, features, labels, num_chains=1, num_samples=200, num_warmup=100, seed=seed, progress=False
     )
     pstats.Stats(profiler).sort_stats("tottime").print_stats(12)
 
@@ -190,13 +191,19 @@ def main() -> None:
     parser.add_argument("--kernel", choices=["nuts", "hmc"], default="nuts", help="of bayescam")
     parser.add_argument("--target-accept", type=float, default=0.8, help="of bayescam")
     parser.add_argument("--num-workers", type=int, help="processes of bayescam (default: 2 for mura, else 0)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the data and of every chain")
     parser.add_argument("--profile", action="store_true", help="print where one chain's time goes, and stop")
-    parser.add_argument("--out", type=Path, help="also write the numbers here as JSON")
+    parser.add_argument("--out", type=Path, help="folder for a file of what is printed, and for the numbers as JSON")
     parsed = parser.parse_args()
+    with kept(parsed.out, "bench_nuts.txt"):
+        compare(parsed)
+
+
+def compare(parsed: argparse.Namespace) -> None:
+    """Time bayescam and the peers one after the other, and print."""
     features, labels = data(*SIZES[parsed.size], parsed.seed)
     if parsed.profile:
-        return profile(features, labels)
+        return profile(features, labels, parsed.seed)
     workers = parsed.num_workers if parsed.num_workers is not None else 2 * (parsed.size == "mura")
     by_size = {"tiny": ["pyro", "numpyro"], "small": ["pyro", "numpyro"], "medium": ["numpyro"], "mura": []}
     peers = by_size[parsed.size] if parsed.peers is None else parsed.peers
@@ -204,13 +211,16 @@ def main() -> None:
     rows, found = {}, {}
     run = {"pyro": run_pyro, "numpyro": run_numpyro}
     options = {"num_samples": parsed.samples, "kernel": parsed.kernel, "target_accept": parsed.target_accept}
+    options["seed"] = parsed.seed
     rows["bayescam"], found["bayescam"] = measure(
         "bayescam", lambda: run_bayescam(features, labels, num_workers=workers, **options)
     )
-    rows["bayescam"]["python_share"] = python_share(features, labels, 20 if parsed.size == "mura" else 200)
+    rows["bayescam"]["python_share"] = python_share(features, labels, 20 if parsed.size == "mura" else 200, parsed.seed)
     print(f"share of a chain's time outside the potential: {rows['bayescam']['python_share']:.2f}")
     for name in peers:
-        rows[name], found[name] = measure(name, lambda name=name: run[name](features, labels, parsed.peer_samples))
+        rows[name], found[name] = measure(
+            name, lambda name=name: run[name](features, labels, parsed.peer_samples, parsed.seed)
+        )
         keys = ("min_ess_per_second", "min_ess_sd_per_second", "min_ess_per_cpu_second")
         ratio, for_sd, by_cpu = (rows["bayescam"][key] / rows[name][key] for key in keys)
         rows[name]["bayescam_is_faster_by"] = ratio
@@ -221,7 +231,7 @@ def main() -> None:
         print(f"  minimum ESS per CPU second {by_cpu:.1f} x")
         print(f"  differences in standard errors: {rows[name]['agreement']}")
     if parsed.out is not None:
-        write_text(parsed.out, json.dumps({"size": SIZES[parsed.size], "rows": rows}, indent=1))
+        write_text(parsed.out / "bench_nuts.json", json.dumps({"size": SIZES[parsed.size], "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -23,12 +23,14 @@ def main() -> None:
     parser.add_argument("--preset", nargs="+", default=["quick", "standard"])
     parser.add_argument("--data", default="phantom")
     parser.add_argument("--config", type=Path, help="settings over the preset's, as TOML")
+    parser.add_argument("--seed", type=int, default=0, help="of the runs")
     parser.add_argument("--out", type=Path, help="folder for the runs and a file of what is printed")
     parsed = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch, kept(parsed.out, "bench_pipeline.md"):
         for preset in parsed.preset:
             out = (parsed.out or Path(scratch)) / preset
             command = [sys.executable, "-m", "bayescam", "run", "--data", parsed.data, "--preset", preset]
+            command += ["--seed", str(parsed.seed)]
             settings = ["--config", str(parsed.config)] if parsed.config else []
             begun = time.perf_counter()
             subprocess.run([*command, *settings, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _printed import kept
 from torch import Tensor
 from tqdm import tqdm
 
@@ -81,8 +82,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=500, help="NUTS draws")
     parser.add_argument("--prior-precision", type=float, default=1.0, help="tau, and of the heads from the prior")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder for the table and the picture")
+    parser.add_argument("--out", type=Path, help="folder for what is printed, the numbers and the picture")
     parsed = parser.parse_args()
+    with kept(parsed.out, "cam_coverage.md"):
+        measure(parsed)
+
+
+def measure(parsed: argparse.Namespace) -> None:
+    """Simulate, count, print one table a kind of truth."""
     sets, maps = simulated(parsed)
     print(
         f"{parsed.sets} sets of {parsed.train}, D = {maps.shape[1]}, {parsed.test} test images, {maps.shape[2:]} cells"

@@ -97,7 +97,7 @@ def localise(parsed: argparse.Namespace) -> None:
     print("\nthe half of them whose bones lie farthest from the centre:")
     print_scores({name: kind[off] for name, kind in maps.items()}, masks[off], [test.patients[n] for n in off.tolist()])
     print_hit_rates(cam, masks, labels)
-    print_randomised(cam, model.seen, labels)
+    print_randomised(cam, model.seen, labels, parsed.seed)
     print_strangers(model, cam, probs, parsed)
 
 
@@ -152,9 +152,9 @@ def print_hit_rates(cam: bc.CamPosterior, masks: Tensor, labels: Tensor) -> None
         print(f"where it is above 0.9 ({int(sure.sum())} images) the mean map hits in {seen[sure].mean():.3f}")
 
 
-def print_randomised(cam: bc.CamPosterior, seen: bc.Features, labels: Tensor) -> None:
+def print_randomised(cam: bc.CamPosterior, seen: bc.Features, labels: Tensor, seed: int) -> None:
     """The same features with their labels shuffled: maps should lose what they said, and say how unsure they are."""
-    shuffled = seen.labels[torch.randperm(len(seen.labels), generator=torch.Generator().manual_seed(1))]
+    shuffled = seen.labels[torch.randperm(len(seen.labels), generator=torch.Generator().manual_seed(seed + 1))]
     tau = cam.posterior.prior_precision
     random = bc.fit_laplace(seen.features, shuffled, num_classes=cam.num_classes, prior_precision=tau)
     rows, other = torch.arange(cam.num_images), bc.CamPosterior(cam.maps, random)

@@ -2,7 +2,7 @@
 
     python scripts/fuzz.py --rounds 200                 what tests/robustness/test_fuzz.py runs
     python scripts/fuzz.py --seconds 3600 --seed 7      the longer one
-    python scripts/fuzz.py --reader netcdf --keep bad   one reader; the files that broke it are kept in bad/
+    python scripts/fuzz.py --reader netcdf --out bad    one reader; bad/ keeps its report and the files that broke it
 
 Valid files are made first; then their bits, bytes, chunks, JSON nodes, TOML values and safetensors headers are changed.
 Each reader runs in a process of its own, so that a crash of a C library is a finding and not the end. Exit status 1
@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from _printed import kept
 from fuzzing import data_files, own_files
 from fuzzing.mutators import (
     Mutator,
@@ -138,10 +139,13 @@ def supervise(name: str, arguments: argparse.Namespace) -> int:
         journal = Path(temporary) / "journal"
         while True:
             command = [sys.executable, __file__, "--reader", name, "--work", str(journal), "--first", str(first)]
-            for option in ("seed", "rounds", "seconds", "keep"):
-                value = getattr(arguments, option)
-                command += [f"--{option}", str(value)] if value is not None else []
-            status = subprocess.run(command, check=False).returncode
+            for option in ("seed", "rounds", "seconds"):
+                command += [f"--{option}", str(getattr(arguments, option))]
+            command += ["--out", str(arguments.keep)] if arguments.keep is not None else []
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+                for line in running.stdout:
+                    print(line, end="", flush=True)
+            status = running.returncode
             if status >= 0:
                 return bugs + status
             bugs += 1
@@ -155,14 +159,18 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=10**9, help="of each reader")
     parser.add_argument("--seconds", type=float, default=600, help="for each reader")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, help="folder for the files that broke a reader")
+    parser.add_argument(
+        "--out", type=Path, dest="keep", help="folder for what is printed and for the files that broke a reader"
+    )
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     parsed = parser.parse_args()
     if parsed.work is not None:
         name, rounds = parsed.reader[0], parsed.rounds
         return min(100, work(name, parsed.seed, parsed.first, rounds, parsed.seconds, parsed.keep, parsed.work))
-    return int(sum([supervise(name, parsed) for name in parsed.reader]) > 0)
+    with kept(parsed.keep, "fuzz.txt"):
+        bugs = sum([supervise(name, parsed) for name in parsed.reader])
+    return int(bugs > 0)
 
 
 if __name__ == "__main__":

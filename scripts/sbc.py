@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 import torch
+from _printed import kept
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -83,6 +84,12 @@ def main() -> None:
     parser.add_argument("--prior-precision", type=float, default=0.3)
     parser.add_argument("--seed", type=int, default=0)
     parsed = parser.parse_args()
+    with kept(parsed.out, "sbc.txt"):
+        measure(parsed)
+
+
+def measure(parsed: argparse.Namespace) -> None:
+    """Simulate, write, draw, print."""
     generator = torch.Generator().manual_seed(parsed.seed)
     features = torch.randn(parsed.images, parsed.features, generator=generator, dtype=torch.float64)
     found = simulate_ranks(

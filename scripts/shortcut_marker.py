@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _printed import kept
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
@@ -58,8 +59,14 @@ def main() -> None:
     parser.add_argument("--difficulty", type=float, default=1.0, help="0 to 1: a shortcut tempts where bones are hard")
     parser.add_argument("--parts", nargs="+", default=["elbow", "forearm", "humerus", "wrist"], choices=PARTS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder for a picture of each network's maps")
+    parser.add_argument("--out", type=Path, help="folder for what is printed and a picture of each network's maps")
     parsed = parser.parse_args()
+    with kept(parsed.out, "shortcut_marker.md"):
+        measure(parsed)
+
+
+def measure(parsed: argparse.Namespace) -> None:
+    """Train both networks, print every table, draw."""
     pictures = {
         name: phantoms(parsed.test, parsed.seed + 1, parsed, shortcut=1.0, **dials) for name, dials in PICTURES.items()
     }
