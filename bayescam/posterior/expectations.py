@@ -106,6 +106,21 @@ def logistic_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Te
     return soft, step, slope
 
 
+def logistic_mean(mean: Tensor, variance: Tensor) -> Tensor:
+    """E[s(x)] of x ~ Normal(mean, variance), any one shape: to a millionth of its value, where that is above 1e-60.
+
+    s(x) = e^x s(-x), and e^x Normal(x; m, v) = e^{m + v/2} Normal(x; m + v, v). So E[s(x)] = e^{m + v/2} E[s(y)] with
+    y ~ Normal(-m - v, v), which leaves the far tail, m < -v, to the exponential and E[s(y)] > 1/2 to the mixture of
+    ``logistic_moments``.
+    """
+    tail = mean < -variance
+    centre = torch.where(tail, -mean - variance, mean)
+    step = torch.zeros_like(mean)
+    for sd, weight in _logistic_mixture():
+        step += weight / 2 * torch.erfc(-centre / (2 * (variance + sd**2)).sqrt())
+    return torch.where(tail, (mean + variance / 2).exp() * step, step)
+
+
 @dataclass(frozen=True, eq=False)
 class LogitRule:
     """How each image's expectations are taken: the pairs of classes exactly, the remainder by points.

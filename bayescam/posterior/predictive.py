@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from bayescam.posterior.draws import Draws
-from bayescam.posterior.expectations import NormalRule, logistic_moments, normal_rule
-from bayescam.posterior.images import augment, check_rows
+from bayescam.posterior.expectations import NormalRule, logistic_mean, normal_rule
+from bayescam.posterior.images import augment, check_rows, whole_number
 
 if TYPE_CHECKING:
     from bayescam.posterior.laplace import Laplace
 
 _ELEMENTS = 1 << 23
+_NUM_POINTS = 1024
 
 
 def predict_proba(draws: Draws, features: Tensor | np.ndarray) -> Tensor:
@@ -46,11 +47,11 @@ METHODS = ("mc", "pairwise", "bridge", "map")
 DEFAULT_METHOD = "mc"
 
 
-def gaussian_predict_proba(laplace: Laplace, features: Tensor, *, method: str, num_points: int = 1024) -> Tensor:
+def gaussian_predict_proba(laplace: Laplace, features: Tensor, *, method: str, num_points: int | None = None) -> Tensor:
     """Class probabilities under a Gaussian posterior: features (N, D) -> (N, K).
 
     No method can see the shift common to all logits. For K = 2 all but "map" are the integral itself, by
-    ``logistic_moments``.
+    ``logistic_mean``, in both tails.
 
     "mc" is the default: it is the Gaussian's own predictive, what draws of it give, and of the refined posterior the
     nearest to NUTS (``scripts/predictives.py``, over training sizes, tau, clean and shifted images: a geometric mean of
@@ -61,13 +62,25 @@ def gaussian_predict_proba(laplace: Laplace, features: Tensor, *, method: str, n
     Args:
         laplace: the posterior.
         features: phi, (N, D).
-        method: "mc", quasi-Monte Carlo in the K-dimensional space of the centred logits; "pairwise", MacKay's
-        probit on every
-            pair of classes; "bridge", the Laplace bridge; "map", the softmax at the mean, no uncertainty at all.
-        num_points: of the "mc" rule, even.
+        method: "mc", quasi-Monte Carlo in the K-dimensional space of the centred logits; "pairwise", MacKay's probit
+            on every pair of classes; "bridge", the Laplace bridge; "map", the softmax at the mean, no uncertainty at
+            all.
+        num_points: T of the "mc" rule, even; 1,024 without it.
+
+    Raises:
+        TypeError: num_points is no whole number.
+        ValueError: no such method, or num_points is odd, below 2 or given with another method than "mc".
+
+    Sources: MacKay (1992), Neural Computation 4; Lu, Ie and Sha (2020), arXiv:2006.07584, for "pairwise". MacKay
+    (1998), Machine Learning 33; Hobbhahn, Kristiadi and Hennig (2022), arXiv:2003.01227, for "bridge".
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
+    if num_points is not None and method != "mc":
+        raise ValueError(
+            f"num_points is {num_points!r}, but method {method!r} takes no points; leave it out, or use 'mc'"
+        )
+    points = _NUM_POINTS if num_points is None else whole_number(num_points, "num_points", 2)
     if len(features) == 0:
         return features.new_empty(0, laplace.num_classes)
     rows = augment(features)
@@ -77,10 +90,11 @@ def gaussian_predict_proba(laplace: Laplace, features: Tensor, *, method: str, n
         return mean.softmax(1)
     if laplace.num_classes == 2:
         margin = laplace.covariance.variance(rows, rows.new_tensor([[-1.0, 1.0]]))[:, 0]
-        second = logistic_moments(mean[:, 1] - mean[:, 0], margin)[1]
-        return torch.stack([1 - second, second], dim=1)
+        lead = mean[:, 1] - mean[:, 0]
+        proba = torch.stack([logistic_mean(-lead, margin), logistic_mean(lead, margin)], dim=1)
+        return proba / proba.sum(1, keepdim=True)
     if method == "mc":
-        return _by_rule(laplace, rows, mean, normal_rule(laplace.covariance.logit_rank, num_points))
+        return _by_rule(laplace, rows, mean, normal_rule(laplace.covariance.logit_rank, points))
     approximate = pairwise_probit if method == "pairwise" else laplace_bridge
     chunk = max(1, _ELEMENTS // laplace.num_classes**2)
     parts = zip(rows.split(chunk), mean.split(chunk), strict=True)
