@@ -15,33 +15,61 @@ class Draws:
     """Posterior draws of the last layer, whoever made them.
 
     Args:
-        weight: (C, S, K, D).
-        bias: (C, S, K).
+        weight: (C, S, K, D), floating-point.
+        bias: (C, S, K), of weight's type and on its device.
+
+    Raises:
+        TypeError: other than floating-point tensors, or of two types.
+        ValueError: other shapes, no draw at all, two devices, or a number that is not finite.
     """
 
     weight: Tensor
     bias: Tensor
 
     def __post_init__(self) -> None:
+        for name, value in (("weight", self.weight), ("bias", self.bias)):
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{name} must be a torch tensor, got {type(value).__name__}; give torch.as_tensor of it"
+                )
+            if not value.is_floating_point():
+                raise TypeError(f"{name} must be floating-point numbers, got {value.dtype}; convert it to float64")
         if self.weight.dim() != 4:
             raise ValueError(f"weight must be (C, S, K, D), got shape {tuple(self.weight.shape)}")
         if self.bias.shape != self.weight.shape[:3]:
             raise ValueError(f"bias must be (C, S, K) = {tuple(self.weight.shape[:3])}, got {tuple(self.bias.shape)}")
+        if self.weight.numel() == 0:
+            raise ValueError(f"weight holds no draw: (C, S, K, D) is {tuple(self.weight.shape)}; give at least one")
+        if self.bias.dtype != self.weight.dtype:
+            raise TypeError(
+                f"weight is {self.weight.dtype} and bias {self.bias.dtype}; convert one to the other's type"
+            )
+        if self.bias.device != self.weight.device:
+            raise ValueError(f"weight lies on {self.weight.device} and bias on {self.bias.device}; move one")
+        for name, value in (("weight", self.weight), ("bias", self.bias)):
+            finite = torch.isfinite(value)
+            if not bool(finite.all()):
+                at = (~finite).nonzero()[0].tolist()
+                raise ValueError(f"{name}{at} is {float(value[tuple(at)])}; drop that draw or mend the sampler")
 
     @property
     def num_chains(self) -> int:
+        """C."""
         return self.weight.shape[0]
 
     @property
     def num_samples(self) -> int:
+        """S, the draws of each chain."""
         return self.weight.shape[1]
 
     @property
     def num_classes(self) -> int:
+        """K."""
         return self.weight.shape[2]
 
     @property
     def num_features(self) -> int:
+        """D."""
         return self.weight.shape[3]
 
     def flat(self) -> tuple[Tensor, Tensor]:

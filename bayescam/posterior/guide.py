@@ -27,23 +27,42 @@ class AutoLastLayerLaplace(AutoLaplaceApproximation):
     p_n^T) (x) phi~_n phi~_n^T + tau I, in the contrast basis, where the shift that softmax cannot see has its
     prior precision exactly. A model with more or other terms than ``last_layer``'s, or under ``poutine.scale``, is
     left to the parent, which stays reachable as
-    ``AutoLaplaceApproximation.laplace_approximation(guide, ...)``. Unlike Pyro's, no two guides share a parameter.
+    ``AutoLaplaceApproximation.laplace_approximation(guide, ...)``.
+
+    Unlike Pyro's, no two guides share a parameter: each has its own name, which counts the guides of this process, in
+    Pyro's parameter store (``AutoLastLayerLaplace_0.loc``). A guide that is to find what another process stored
+    (``pyro.get_param_store().save``) needs the name that it was stored under, so give both the same ``name``; two
+    guides of one name in one process are one.
 
     Args:
         model: ``last_layer`` itself, a partial of it, or any model of Pyro's.
+        name: of the guide in Pyro's parameter store; a new one without it.
+        options: of the parent, as ``init_loc_fn``.
+
+    Raises:
+        TypeError, ValueError: ``name`` is no text, or empty.
+
+    Source: MacKay (1992), Neural Computation 4, for Laplace's approximation; Pyro's documentation for its use.
     """
 
-    def __init__(self, model: Callable[..., Any], **options: Any) -> None:
+    def __init__(self, model: Callable[..., Any], *, name: str | None = None, **options: Any) -> None:
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be a text, got {name!r}; it stands before .loc in Pyro's parameter store")
+        if name == "":
+            raise ValueError("name is empty; give one, or leave it out for a new one")
         super().__init__(model, **options)
-        self._pyro_name = f"{type(self).__name__}_{next(_count)}"
+        self._pyro_name = f"{type(self).__name__}_{next(_count)}" if name is None else name
 
     def laplace_approximation(self, *args: Any, **kwargs: Any) -> AutoMultivariateNormal:
         """The Gaussian with mean ``self.loc`` and the inverse Hessian there, as a guide that works at once.
+
+        It is a copy: steps that this guide takes afterwards do not move it.
 
         Args:
             args, kwargs: the model's own.
 
         Raises:
+            TypeError, ValueError: features or labels that ``check_images`` refuses.
             NotPositiveDefiniteError: the Hessian in floating point has a direction without curvature.
         """
         with torch.no_grad():
@@ -52,6 +71,7 @@ class AutoLastLayerLaplace(AutoLaplaceApproximation):
         assert self.prototype_trace is not None
         if not _is_last_layer(trace, {name for name, _ in self.prototype_trace.iter_stochastic_nodes()}):
             guide = super().laplace_approximation(*args, **kwargs)
+            guide.loc = guide.loc.clone()
             guide._create_plates(*args, **kwargs)
             return guide
         site = trace.nodes["y"]
@@ -66,15 +86,22 @@ class AutoLastLayerLaplace(AutoLaplaceApproximation):
         probabilities = probabilities_at(theta, images)
         tau = float(trace.nodes["weight"]["fn"].base_dist.scale.double().reshape(-1)[0]) ** -2
         covariance = full_covariance(images, lambda span, phi: pair_products(probabilities(span, phi)), tau)
-        return gaussian_guide(self.model, self.loc.detach(), covariance, *args, **kwargs)
+        return gaussian_guide(self.model, self.loc.detach().clone(), covariance, *args, **kwargs)
 
 
 def _is_last_layer(trace: poutine.Trace, latent: set[str]) -> bool:
-    """Whether ``last_layer`` is all of a model's density: nothing else observed, no site scaled from outside."""
+    """Whether ``last_layer`` is all of a model's density under one prior precision.
+
+    Nothing else is observed, no site is scaled or masked from outside, and every weight and bias has the same prior sd.
+    """
     if latent != {"weight", "bias"} or trace.observation_nodes != ["y"]:
         return False
     told: Any = trace.nodes["y"]["infer"]
     if told.get("features") is None:
+        return False
+    priors: list[Any] = [trace.nodes[name]["fn"] for name in ("weight", "bias")]
+    sds = torch.cat([prior.base_dist.scale.flatten() for prior in priors])
+    if bool((sds != sds[0]).any()) or any(trace.nodes[name]["mask"] is not None for name in ("weight", "bias", "y")):
         return False
     weights = told["class_weights"]
     scales = {"weight": 1.0, "bias": 1.0, "y": 1.0 if weights is None else weights[trace.nodes["y"]["value"]]}

@@ -6,8 +6,11 @@ that memory maps, GPUs and process groups are the business of this module alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 
 _CHUNK_ELEMENTS = 1 << 21
 _MORE_OFF_CPU = 16  # a chunk that fills a processor's cache does not fill a GPU
+_MOST_CLASSES = 1 << 20
+_LARGEST_WEIGHT = 1e9
+_FEATURES_WAY_OUT = "convert them to float32"
 _ValueT = TypeVar("_ValueT", bound=Tensor)
 
 
@@ -47,17 +53,18 @@ class TrainingImages:
 
     @property
     def num_features(self) -> int:
+        """D."""
         return self.features.shape[1]
 
     @property
     def device(self) -> torch.device:
+        """Where the sums run: the labels' device."""
         return self.labels.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type the products over features are taken in: float64 if widened or for such features, else float32."""
-        wide = self.widened or self.features.dtype in (torch.float64, np.dtype(np.float64))
-        return torch.float64 if wide else torch.float32
+        return torch.float64 if self.widened or _is_wide(self.features) else torch.float32
 
     def chunks(self, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Row ranges and their features, (n, D) of ``dtype`` on ``device``; on a GPU 16 times as many rows at once."""
@@ -73,6 +80,12 @@ class TrainingImages:
             dist.all_reduce(value, group=self.group)
         return value
 
+    def largest(self, value: _ValueT) -> _ValueT:
+        """The largest of a tensor over the ranks of the group, in place; the value itself without a group."""
+        if self.group is not None:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
+        return value
+
     def weight(self) -> float:
         """sum_n w_n over all ranks: N for the plain likelihood."""
         if self.image_weights is None:
@@ -84,12 +97,76 @@ class TrainingImages:
         return int(self.total(torch.tensor(len(self.labels), device=self.device)))
 
 
+def as_tensor(values: object, name: str, way_out: str) -> Tensor:
+    """Real numbers as a tensor without gradient, over the same memory where torch can use it.
+
+    Copied are lists, and arrays that are read-only, of another byte order or of strides that torch has not.
+
+    Args:
+        values: a tensor, an array or nested lists of numbers.
+        name: of the argument, for the message.
+        way_out: what to give instead, for the message.
+
+    Raises:
+        TypeError: other than real numbers of at most 64 bits; sparse, quantised or masked ones.
+    """
+    if not isinstance(values, Tensor | np.ndarray):
+        try:
+            values = np.asarray(values)
+        except ValueError:
+            raise TypeError(f"{name} holds rows of different lengths; {way_out}") from None
+    check_numbers(values, name, way_out)
+    if isinstance(values, Tensor):
+        return values.detach()
+    strides = all(step >= 0 and step % values.itemsize == 0 for step in values.strides)
+    if not (strides and values.flags.writeable and values.flags.aligned and values.dtype.isnative):
+        values = values.astype(values.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(values)
+
+
+def check_numbers(values: Tensor | np.ndarray, name: str, way_out: str) -> None:
+    """Raise ``as_tensor``'s TypeError, without touching the numbers."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, and its mask would not count; leave those images out, or fill them")
+    if isinstance(values, np.ndarray):
+        plain = values.dtype.kind in "biuf" and values.itemsize <= 8
+        kind: object = values.dtype if values.ndim else repr(values.item())
+    else:
+        plain = values.layout == torch.strided and not values.is_quantized and not values.is_complex()
+        kind = values.dtype if values.layout == torch.strided else values.layout
+    if not plain:
+        raise TypeError(f"{name} must be dense real numbers of at most 64 bits, got {kind}; {way_out}")
+
+
+def whole_number(value: object, name: str, least: int) -> int:
+    """A whole number of any integer type, numpy's and 0-dimensional tensors included, as an int.
+
+    Raises:
+        TypeError: no whole number; a bool is none.
+        ValueError: below ``least``, or above 2^64 - 1.
+    """
+    given = value.item() if isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0 else value
+    try:
+        if isinstance(given, bool | Tensor):
+            raise TypeError
+        found = operator.index(given)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+    if found < least:
+        raise ValueError(f"{name} is {found}; it must be at least {least}")
+    if found >= 1 << 64:
+        raise ValueError(f"{name} must be below 2^64, got {value!r}")
+    return found
+
+
 def as_features(features: Tensor | np.ndarray) -> Tensor:
-    """A tensor over the same numbers; numpy's read-only or negatively strided arrays are copied."""
-    if isinstance(features, Tensor):
-        return features.detach()
-    writable = features if features.flags.writeable and min(features.strides, default=1) >= 0 else features.copy()
-    return torch.from_numpy(writable)
+    """``as_tensor`` of floating-point features (..., D).
+
+    Raises:
+        TypeError: no tensor or array, or not of floating-point numbers.
+    """
+    _check_type(features)
+    return as_tensor(features, "features", _FEATURES_WAY_OUT)
 
 
 def augment(features: Tensor) -> Tensor:
@@ -99,10 +176,10 @@ def augment(features: Tensor) -> Tensor:
 
 def check_images(
     features: Tensor | np.ndarray,
-    labels: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | Sequence[int],
     *,
     num_classes: int | None = None,
-    class_weights: Tensor | np.ndarray | None = None,
+    class_weights: Tensor | np.ndarray | Sequence[float] | None = None,
     group: ProcessGroup | None = None,
 ) -> TrainingImages:
     """Check what a fit is given, and name what is wrong.
@@ -117,21 +194,23 @@ def check_images(
             or type.
         RankError: another rank's shard was refused.
     """
+    _check_group(group)
     device = next((found.device for found in (features, labels) if isinstance(found, Tensor)), torch.device("cpu"))
 
-    def shard() -> Tensor:
+    def shard() -> tuple[Tensor, int]:
         _check_features(features)
         _check_device(device)
-        return _check_labels(labels, len(features)).to(device)
+        own = _check_labels(labels, len(features)).to(device)
+        return own, 0 if num_classes is None else whole_number(num_classes, "num_classes", 2)
 
-    own = together(shard, group, device)
-    wide = features.dtype in (torch.float64, np.dtype(np.float64))
-    _check_alike({"D": features.shape[1], "num_classes": num_classes or 0, "float64": wide}, group, device)
-    k = _num_classes(own, num_classes, group)
+    own, told = together(shard, group, device)
+    _check_alike({"D": features.shape[1], "num_classes": told, "float64": _is_wide(features)}, group, device)
+    k = told or _count_classes(own, group)
 
     def whole() -> TrainingImages:
         _check_range(own, k)
-        images = TrainingImages(features, own, k, _check_class_weights(class_weights, k, own), group)
+        weights = None if class_weights is None else check_class_weights(class_weights, k, device)[own]
+        images = TrainingImages(features, own, k, weights, group)
         for span, chunk in images.chunks():
             _check_finite(chunk, span.start)
         return images
@@ -193,39 +272,56 @@ def _check_device(device: torch.device) -> None:
 def _check_type(features: Tensor | np.ndarray) -> None:
     if not isinstance(features, Tensor | np.ndarray):
         raise TypeError(f"features must be a torch tensor or a numpy array, got {type(features).__name__}")
-    floating = (
-        features.is_floating_point() if isinstance(features, Tensor) else np.issubdtype(features.dtype, np.floating)
-    )
+    check_numbers(features, "features", _FEATURES_WAY_OUT)
+    floating = features.is_floating_point() if isinstance(features, Tensor) else features.dtype.kind == "f"
     if not floating:
         raise TypeError(f"features must be floating-point numbers, got {features.dtype}; convert them to float32")
 
 
-def _check_labels(labels: Tensor | np.ndarray, num_images: int) -> Tensor:
-    found = torch.as_tensor(np.array(labels) if not isinstance(labels, Tensor) else labels)
+def _is_wide(features: Tensor | np.ndarray) -> bool:
+    """Whether floating-point features are float64, in whatever byte order."""
+    return features.dtype.itemsize == 8
+
+
+def _check_labels(labels: Tensor | np.ndarray | Sequence[int], num_images: int) -> Tensor:
+    found = as_tensor(labels, "labels", "number the classes 0..K-1")
     if found.shape != (num_images,):
         raise ValueError(f"labels must be ({num_images},) like the rows of features, got {tuple(found.shape)}")
     if num_images == 0:
         raise ValueError("features holds no image (N = 0); a fit needs at least one on every rank")
-    if found.is_complex() or found.dtype == torch.bool:
-        raise TypeError(f"labels must be whole numbers 0..K-1, got {found.dtype}")
+    return whole_labels(found)
+
+
+def whole_labels(found: Tensor) -> Tensor:
+    """Labels (N,) of any real type as int64.
+
+    Raises:
+        TypeError: bools.
+        ValueError: one that is not a whole number, or of 2^53 and more, where floats skip some.
+    """
+    if found.dtype == torch.bool:
+        raise TypeError(f"labels must be whole numbers 0..K-1, got {found.dtype}; number the classes 0..K-1")
     if found.is_floating_point():
-        broken = (found != found.round()) | ~torch.isfinite(found)
+        broken = (found != found.round()) | ~(found.abs() < 2.0**53)
         if bool(broken.any()):
             at = int(broken.nonzero()[0])
-            raise ValueError(f"labels[{at}] is {float(found[at])}, not a whole number; labels count from 0 to K-1")
+            raise ValueError(f"labels[{at}] is {float(found[at]):g}, not a whole number in 0..K-1; number the classes")
     return found.long()
 
 
-def _num_classes(labels: Tensor, num_classes: int | None, group: ProcessGroup | None) -> int:
-    """K as given, or one more than the largest label on any rank."""
-    if num_classes is None:
-        largest = labels.max()
-        if group is not None:
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        num_classes = int(largest) + 1
-    if num_classes < 2:
-        raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2 classes")
-    return num_classes
+def _count_classes(labels: Tensor, group: ProcessGroup | None) -> int:
+    """One more than the largest label on any rank."""
+    top = labels.max()
+    if group is not None:
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    largest = int(top)
+    if largest == 0:
+        raise ValueError("labels hold class 0 alone, and a classifier needs at least 2 classes; give num_classes")
+    if largest >= _MOST_CLASSES:
+        raise ValueError(
+            f"labels go up to {largest}, outside 0..K-1 of any likely K; number the classes or give num_classes"
+        )
+    return max(2, largest + 1)
 
 
 def _check_range(labels: Tensor, num_classes: int) -> None:
@@ -235,20 +331,50 @@ def _check_range(labels: Tensor, num_classes: int) -> None:
         raise ValueError(f"labels[{at}] is {int(labels[at])}, outside 0..{num_classes - 1}; check num_classes")
 
 
-def _check_class_weights(class_weights: Tensor | np.ndarray | None, num_classes: int, labels: Tensor) -> Tensor | None:
-    if class_weights is None:
-        return None
-    weights = torch.as_tensor(class_weights, dtype=torch.float64, device=labels.device)
-    if weights.shape != (num_classes,):
-        raise ValueError(f"class_weights must be ({num_classes},), one a class, got {tuple(weights.shape)}")
+def check_class_weights(
+    class_weights: Tensor | np.ndarray | Sequence[float], num_classes: int, device: torch.device
+) -> Tensor:
+    """Class weights (K,) as a float64 copy on the device.
+
+    Raises:
+        TypeError: no numbers.
+        ValueError: another shape, or a weight that is not positive or above 1e9.
+    """
+    found = as_tensor(class_weights, "class_weights", "give one positive number a class")
+    if found.shape != (num_classes,):
+        raise ValueError(f"class_weights must be ({num_classes},), one a class, got {tuple(found.shape)}")
+    weights = found.to(device, torch.float64, copy=True)
     if not bool((weights.isfinite() & (weights > 0)).all()):
         raise ValueError(f"class_weights must be positive and finite, got {weights.tolist()}")
-    return weights[labels]
+    if not bool((weights <= _LARGEST_WEIGHT).all()):
+        raise ValueError(
+            f"class_weights go up to {float(weights.max()):g}, above {_LARGEST_WEIGHT:g}; a weight counts an image "
+            "that many times: divide them all by the largest"
+        )
+    return weights
 
 
-def check_prior_precision(prior_precision: float) -> float:
-    """tau as a float, or ValueError."""
-    tau = float(prior_precision)
-    if not (0.0 < tau < float("inf")):
-        raise ValueError(f"prior_precision is {prior_precision}; it must be positive and finite, or 'evidence'")
+def _check_group(group: ProcessGroup | None) -> None:
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(f"group must be a torch.distributed process group, got {group!r}; leave it out for one process")
+
+
+def check_prior_precision(prior_precision: object) -> float:
+    """tau as a float: any real number, numpy's and 0-dimensional tensors included.
+
+    Raises:
+        TypeError: no real number; a bool is none.
+        ValueError: not positive, or not finite.
+    """
+    given = prior_precision
+    if isinstance(given, Tensor | np.ndarray | np.generic) and given.ndim == 0:
+        given = given.item()
+    if isinstance(given, bool) or not isinstance(given, Real):
+        raise TypeError(f"prior_precision must be one positive number, got {prior_precision!r}")
+    try:
+        tau = float(given)
+    except OverflowError:
+        tau = math.inf
+    if not (0.0 < tau < math.inf):
+        raise ValueError(f"prior_precision is {tau}; it must be positive and finite")
     return tau

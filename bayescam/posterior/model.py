@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from bayescam.posterior.images import TrainingImages
+from bayescam.posterior.images import TrainingImages, check_prior_precision, whole_number
 
 
 def last_layer(
@@ -33,30 +33,73 @@ def last_layer(
     With ``class_weights`` (K,) the likelihood is generalised: log p(y_n) is multiplied by class_weights[y_n].
 
     Args:
-        features: phi, (N, D).
-        labels: (N,) whole numbers in 0..K-1, or None to simulate.
-        num_classes: K.
-        prior_precision: tau > 0.
+        features: phi, (N, D), float32 or float64; the logits are of the wider type of features and weight, so that a
+            float64 guide works with float32 features.
+        labels: (N,) whole numbers in 0..K-1 of an integer type, or None to simulate.
+        num_classes: K >= 2.
+        prior_precision: tau > 0, a number or a tensor.
         class_weights: (K,) positive, or None for the plain likelihood.
 
     Returns:
         The labels, (N,).
 
+    Raises:
+        TypeError: an argument of another type; labels that are not of an integer type.
+        ValueError: another shape, or a value out of range. Values in tensors are looked at only while Pyro's own
+            validation is on (``pyro.enable_validation``), as it is by default, but for MCMC's inner steps.
+
     The site "y" carries features and class weights in its ``infer`` dictionary, where ``AutoLastLayerLaplace``
     finds them.
     """
+    num_classes = whole_number(num_classes, "num_classes", 2)
+    _check_shapes(features, labels, class_weights, num_classes)
+    tau = prior_precision if isinstance(prior_precision, Tensor) else check_prior_precision(prior_precision)
+    if dist.is_validation_enabled():
+        _check_values(labels, tau, class_weights, num_classes)
     n, d = features.shape
-    sd = torch.as_tensor(prior_precision, dtype=features.dtype, device=features.device).rsqrt()
+    sd = torch.as_tensor(tau, dtype=features.dtype, device=features.device).rsqrt()
     zero = features.new_zeros(())
     weight = pyro.sample("weight", dist.Normal(zero, sd).expand([num_classes, d]).to_event(2))
     bias = pyro.sample("bias", dist.Normal(zero, sd).expand([num_classes]).to_event(1))
     weight, bias = weight.reshape(-1, num_classes, d), bias.reshape(-1, 1, num_classes)
-    logits = features @ weight.mT + bias
+    wide = torch.promote_types(features.dtype, torch.promote_types(weight.dtype, bias.dtype))
+    logits = features.to(wide) @ weight.to(wide).mT + bias.to(wide)
     logits = logits[0] if logits.shape[0] == 1 else logits
-    scale = 1.0 if class_weights is None or labels is None else class_weights[labels]
+    scale = 1.0 if class_weights is None or labels is None else class_weights[labels.long()]
     with pyro.plate("images", n), pyro.poutine.scale(scale=scale):
         told: Any = {"features": features, "class_weights": class_weights}
         return pyro.sample("y", dist.Categorical(logits=logits), obs=labels, infer=told)
+
+
+def _check_shapes(features: Tensor, labels: Tensor | None, class_weights: Tensor | None, num_classes: int) -> None:
+    """What costs nothing to check: types and shapes."""
+    for name, value in (("features", features), ("labels", labels), ("class_weights", class_weights)):
+        if not isinstance(value, Tensor) and (value is not None or name == "features"):
+            raise TypeError(f"{name} must be a torch tensor, got {type(value).__name__}; give torch.as_tensor of it")
+    if not features.is_floating_point():
+        raise TypeError(f"features must be floating-point numbers, got {features.dtype}; convert them to float32")
+    if features.dim() != 2 or features.numel() == 0:
+        raise ValueError(f"features must be (N, D) with N, D >= 1, got shape {tuple(features.shape)}")
+    if labels is not None and labels.shape != features.shape[:1]:
+        raise ValueError(f"labels must be ({len(features)},) like the rows of features, got {tuple(labels.shape)}")
+    if labels is not None and (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
+        raise TypeError(f"labels must be whole numbers of an integer type, got {labels.dtype}; give labels.long()")
+    if class_weights is not None and class_weights.shape != (num_classes,):
+        raise ValueError(f"class_weights must be ({num_classes},), one a class, got {tuple(class_weights.shape)}")
+
+
+def _check_values(
+    labels: Tensor | None, prior_precision: float | Tensor, class_weights: Tensor | None, num_classes: int
+) -> None:
+    """What costs a pass over the labels, and waits for a GPU."""
+    if labels is not None:
+        least, most = (int(end) for end in labels.long().aminmax())
+        if least < 0 or most >= num_classes:
+            raise ValueError(f"labels run from {least} to {most}, outside 0..{num_classes - 1}; check num_classes")
+    if isinstance(prior_precision, Tensor) and not bool((prior_precision > 0).all()):
+        raise ValueError(f"prior_precision is {prior_precision}; it must be positive")
+    if class_weights is not None and not bool(((class_weights > 0) & class_weights.isfinite()).all()):
+        raise ValueError(f"class_weights must be positive and finite, got {class_weights.tolist()}")
 
 
 def log_prior(theta: Tensor, prior_precision: float) -> Tensor:
