@@ -5,17 +5,32 @@ Are the least sure images the wrong ones? Are unknown images less sure than know
 
 from __future__ import annotations
 
-import numpy as np
-from scipy.sparse import csr_array
+from collections.abc import Sequence
+from typing import Any
 
-from bayescam.diagnose.intervals import Interval, interval, resampled_mean, resamples
+import numpy as np
+from torch import Tensor
+
+from bayescam.diagnose.arguments import check_forecasts, check_groups, check_resampling, check_scores
+from bayescam.diagnose.calibration import told_apart
+from bayescam.diagnose.intervals import (
+    Interval,
+    bounds,
+    count_groups,
+    counts_by_place,
+    interval,
+    resampled_mean,
+    resampled_risk,
+    resamples,
+    share_interval,
+)
 
 
 def uncertainty_with_intervals(
-    entropy: np.ndarray,
-    information: np.ndarray | None,
-    wrong: np.ndarray,
-    groups: np.ndarray,
+    entropy: np.ndarray | Tensor,
+    information: np.ndarray | Tensor | None,
+    wrong: np.ndarray | Tensor,
+    groups: np.ndarray | Tensor | Sequence[Any],
     *,
     level: float = 0.9,
     num_resamples: int = 1000,
@@ -33,12 +48,20 @@ def uncertainty_with_intervals(
         level: of the intervals.
         num_resamples: bootstrap draws.
         seed: of the draws.
+
+    Raises:
+        TypeError, ValueError: see ``arguments``.
     """
+    check_resampling(level, num_resamples)
+    entropy = check_scores(entropy, "entropy")
+    wrong = check_scores(wrong, "wrong", len(entropy)) != 0
+    groups = check_groups(groups, len(entropy))
     found, how = {}, {"num_resamples": num_resamples, "seed": seed}
-    for name, values in (("entropy", entropy), ("mutual_information", information)):
-        if values is None:
+    for name, given in (("entropy", entropy), ("mutual_information", information)):
+        if given is None:
             continue
-        found[name] = interval(resampled_mean(values, groups, **how), level)
+        values = check_scores(given, name, len(entropy))
+        found[name] = interval(resampled_mean(values, groups, **how), level, num_groups=count_groups(groups))
         if 0 < wrong.sum() < len(wrong):
             scores = ood_with_intervals(
                 values[~wrong], values[wrong], groups[~wrong], groups[wrong], level=level, **how
@@ -48,9 +71,9 @@ def uncertainty_with_intervals(
 
 
 def risk_band(
-    probs: np.ndarray,
-    labels: np.ndarray,
-    groups: np.ndarray,
+    probs: np.ndarray | Tensor,
+    labels: np.ndarray | Tensor,
+    groups: np.ndarray | Tensor | Sequence[Any],
     *,
     level: float = 0.9,
     num_resamples: int = 300,
@@ -58,34 +81,36 @@ def risk_band(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bounds of ``calibration.risk_coverage``: of the error among the n surest images, n = 1..N, (N,) each.
 
-    Patients are drawn anew; the order of the images by sureness is theirs in the sample.
+    Patients are drawn anew, and the surest n / N of each resample's images are its own. Of one patient the bounds are
+    nan.
+
+    Raises:
+        TypeError, ValueError: see ``arguments``.
     """
-    order = np.argsort(-probs.max(1), kind="stable")
-    wrong = (probs.argmax(1) != labels)[order]
-    member, weights = resamples(groups, num_resamples, np.random.default_rng(seed))
-    drawn = weights[1:, member[order]].astype(np.float32)
-    with np.errstate(invalid="ignore"):
-        risk = (drawn * wrong).cumsum(1) / drawn.cumsum(1)
-    tail = (1 - level) / 2
-    low, high = np.nanquantile(risk, [tail, 1 - tail], axis=0)
+    check_resampling(level, num_resamples)
+    probs, labels = check_forecasts(probs, labels)
+    member, weights = resamples(check_groups(groups, len(labels)), num_resamples, np.random.default_rng(seed))
+    coverage = np.arange(1, len(labels) + 1) / len(labels)
+    risk = resampled_risk(probs.max(1), probs.argmax(1) != labels, member, weights, coverage)
+    low, high = bounds(risk[1:], level, weights.shape[1])
     return low, high
 
 
 def ood_with_intervals(
-    inside: np.ndarray,
-    outside: np.ndarray,
-    inside_groups: np.ndarray,
-    outside_groups: np.ndarray,
+    inside: np.ndarray | Tensor,
+    outside: np.ndarray | Tensor,
+    inside_groups: np.ndarray | Tensor | Sequence[Any],
+    outside_groups: np.ndarray | Tensor | Sequence[Any],
     *,
     level: float = 0.9,
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """``calibration.ood_scores`` with percentile intervals over patients.
+    """``calibration.ood_scores`` with intervals over patients, ``intervals.share_interval``.
 
-    The patients of either side are drawn by themselves, or, where some have images on both sides, all at once. With the
-    scores in order, AUROC = sum_u out(u) (in(< u) + in(u) / 2) / (N M) over the different scores u, where in and out
-    count the images of a resample; FPR95 = in(>= t) / N at the lower 5 % quantile t of the outside ones.
+    The patients of either side are drawn by themselves, or, where some have images on both sides, all at once. As G
+    counts how many pairs of a known and an unknown patient there are without one in two pairs: the smaller number of
+    the two sides, or less where they share patients.
 
     Args:
         inside: uncertainty of images like the training images, (N,).
@@ -94,27 +119,28 @@ def ood_with_intervals(
         level: of the intervals.
         num_resamples: bootstrap draws.
         seed: of the draws.
+
+    Raises:
+        TypeError, ValueError: see ``arguments``.
     """
+    check_resampling(level, num_resamples)
+    inside, outside = check_scores(inside, "inside"), check_scores(outside, "outside")
+    known_names = check_groups(inside_groups, len(inside), "inside_groups")
+    unknown_names = check_groups(outside_groups, len(outside), "outside_groups")
     different, place = np.unique(np.concatenate([inside, outside]), return_inverse=True)
     rng, n = np.random.default_rng(seed), len(inside)
-    if len(np.intersect1d(inside_groups, outside_groups)):
-        member, weights = resamples(np.concatenate([inside_groups, outside_groups]), num_resamples, rng)
-        known = _counts(member[:n], weights, place[:n], len(different))
-        unknown = _counts(member[n:], weights, place[n:], len(different))
+    num_known, num_unknown = count_groups(known_names), count_groups(unknown_names)
+    shared = len(np.intersect1d(known_names, unknown_names))
+    if shared:
+        member, weights = resamples(np.concatenate([known_names, unknown_names]), num_resamples, rng)
+        known = counts_by_place(member[:n], weights, place[:n], len(different))
+        unknown = counts_by_place(member[n:], weights, place[n:], len(different))
     else:
-        known = _counts(*resamples(inside_groups, num_resamples, rng), place[:n], len(different))
-        unknown = _counts(*resamples(outside_groups, num_resamples, rng), place[n:], len(different))
-    num_known, num_unknown = known.sum(1), unknown.sum(1)
-    below = known.cumsum(1) - known
-    reached = unknown.cumsum(1) > np.floor(0.05 * (num_unknown - 1))[:, None]
-    flagged = num_known - below[np.arange(len(below)), reached.argmax(1)]
-    with np.errstate(invalid="ignore"):  # a resample may hold no image of one side
-        auroc = (unknown * (below + known / 2)).sum(1) / (num_known * num_unknown)
-        fpr95 = np.where(num_unknown > 0, flagged / num_known, np.nan)
-    return {"auroc": interval(auroc, level), "fpr95": interval(fpr95, level)}
-
-
-def _counts(member: np.ndarray, weights: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:
-    """How many images of the sample and of each resample have each score, (1 + R, size)."""
-    cells = csr_array((np.ones(len(places)), (member, places)), shape=(weights.shape[1], size))
-    return weights @ cells
+        known = counts_by_place(*resamples(known_names, num_resamples, rng), place[:n], len(different))
+        unknown = counts_by_place(*resamples(unknown_names, num_resamples, rng), place[n:], len(different))
+    auroc, fpr95 = told_apart(known, unknown)
+    pairs = max(1, min(num_known, num_unknown, (num_known + num_unknown - shared) // 2))
+    return {
+        "auroc": share_interval(auroc, level, num_groups=pairs),
+        "fpr95": share_interval(fpr95, level, num_groups=pairs),
+    }
