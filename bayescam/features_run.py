@@ -170,6 +170,8 @@ def _check_ranges(settings: FeaturesSettings, num_workers: int) -> None:
 
 
 def _stages(table: FeatureTable, out: Path, settings: FeaturesSettings, num_workers: int) -> str:
+    from bayescam.diagnose.compare import json_safe
+
     folder = RunFolder(out)
     seconds: dict[str, float] = {}
     gaussians = _fit(table, settings, seconds)
@@ -182,7 +184,7 @@ def _stages(table: FeatureTable, out: Path, settings: FeaturesSettings, num_work
         comparison = _compare(table, gaussians, chains["nuts"])
     with _timed("arviz", seconds):
         _save_posteriors(out, table, gaussians, chains, settings)
-    write_text(out / "metrics.json", json.dumps(metrics, indent=1))
+    write_text(out / "metrics.json", json.dumps(json_safe(metrics), indent=1, allow_nan=False))
     write_text(out / "comparison.json", json.dumps(comparison.to_dict(), indent=1, allow_nan=False))
     write_text(out / "diagnostics.json", json.dumps(_diagnostics(chains, comparison), indent=1))
     write_text(out / "table.md", _markdown(metrics))
@@ -296,7 +298,7 @@ def _metrics(table: FeatureTable, gaussians: dict[str, Laplace], chains: dict[st
     import torch
 
     from bayescam.diagnose.calibration import classification_metrics
-    from bayescam.diagnose.intervals import metrics_with_intervals
+    from bayescam.diagnose.intervals import count_groups, metrics_with_intervals
     from bayescam.posterior.predictive import predict_proba
 
     full = gaussians["laplace_full"]
@@ -313,6 +315,7 @@ def _metrics(table: FeatureTable, gaussians: dict[str, Laplace], chains: dict[st
         "methods": {name: classification_metrics(probs, table.test_labels) for name, probs in found.items()},
         "interval_level": _LEVEL,
         "resampled": "rows" if table.test_patients is None else "patients",
+        "num_resampled": count_groups(_drawn_together(table)),
         "intervals": {name: {metric: asdict(one) for metric, one in row.items()} for name, row in intervals.items()},
         "num_train": len(table.labels),
         "num_test": len(table.test_labels),
@@ -399,13 +402,13 @@ def _diagnostics(chains: dict[str, Nuts], comparison: Comparison) -> dict[str, A
 
 
 def _markdown(metrics: dict[str, Any]) -> str:
-    from bayescam.diagnose.intervals import Interval
+    from bayescam.diagnose.intervals import Interval, interval_words
 
     lines = [
         f"{metrics['num_train']} rows to train, {metrics['num_test']} to test, {metrics['num_features']} features, "
-        f"{len(metrics['classes'])} classes, prior precision {metrics['prior_precision']:.4g}. In brackets the "
-        f"{100 * metrics['interval_level']:.0f} % bootstrap interval over {metrics['resampled']}"
-        + (", as the file names no patients." if metrics["resampled"] == "rows" else "."),
+        f"{len(metrics['classes'])} classes, prior precision {metrics['prior_precision']:.4g}."
+        + (" The file names no patients. " if metrics["resampled"] == "rows" else " ")
+        + interval_words(metrics["num_resampled"], metrics["resampled"], metrics["interval_level"]),
         "",
         "| method | accuracy | NLL | ECE | Brier |",
         "|---|---|---|---|---|",

@@ -60,7 +60,11 @@ def test_command_line_leaves_the_verdict_and_every_file(features, tmp_path, caps
             assert interval["low"] < interval["high"]
     nll = metrics["intervals"]["nuts"]["nll"]
     assert f"| {nll['value']:.4f} [{nll['low']:.4f}, {nll['high']:.4f}] |" in said
-    assert "90 % bootstrap interval over rows, as the file names no patients" in said
+    words = (
+        f"The file names no patients. In brackets the 90 % bootstrap interval over {metrics['num_resampled']} rows. "
+    )
+    assert f"{words}ECE is biased upwards in small samples" in said
+    assert metrics["num_resampled"] == metrics["num_test"]
     diagnostics = json.loads((out / "diagnostics.json").read_text())
     assert diagnostics["nuts"]["num_divergent"] == 0
     assert diagnostics["nuts_hierarchical"]["tau"]["mean"] > 0
@@ -73,6 +77,17 @@ def test_command_line_leaves_the_verdict_and_every_file(features, tmp_path, caps
     assert not (out / ".scratch").exists()
     sealed = json.loads((out / "run.json").read_text())["files"]
     assert {"metrics.json", "posterior/nuts.nc", "settings.json"} <= set(sealed)
+
+
+def test_a_table_of_one_patient_has_no_intervals():
+    none = {name: {"value": 0.66, "low": None, "high": None} for name in ("accuracy", "nll", "ece", "brier")}
+    metrics = {
+        **{"num_train": 90, "num_test": 30, "num_features": 3, "classes": ["a", "b"], "prior_precision": 1.0},
+        **{"interval_level": 0.9, "resampled": "patients", "num_resampled": 1, "intervals": {"nuts": none}},
+    }
+    said = features_run._markdown(metrics)
+    assert "No number has an interval, for want of a second patient." in said
+    assert "| nuts | 0.660 [-] | 0.6600 [-] |" in said
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from bayescam.diagnose.calibration import consistency_band, reliability, risk_coverage
-from bayescam.diagnose.intervals import Interval, interval, resampled_mean
+from bayescam.diagnose.intervals import Interval, count_groups, interval, resampled_mean
 from bayescam.diagnose.selectors import Chosen, largest_effect, largest_shift, worst_rhat
 from bayescam.diagnose.uncertainty import risk_band
 from bayescam.report.cam_figures import scales_figure, strip_figure
@@ -225,7 +225,10 @@ def write_figures(folder: Path) -> list[Path]:
         "training": training_figure(_history(folder / "history.csv")),
         "agreement": agreement_figure(
             {
-                name: interval(resampled_mean(_distances(files.probs(name), files.probs("nuts")), patients))
+                name: interval(
+                    resampled_mean(_distances(files.probs(name), files.probs("nuts")), patients),
+                    num_groups=count_groups(patients),
+                )
                 for name in COLOURS
                 if name != "nuts"
             },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import tomllib
 from collections.abc import Sequence
 from importlib.resources import files as package_files
@@ -12,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from bayescam.diagnose.diagnosis import diagnose_run
+from bayescam.diagnose.intervals import count_groups, interval_words
 from bayescam.errors import FileFormatError
 from bayescam.report.cam_panels import brief_caption, caption
 from bayescam.report.figures import cam_cases
@@ -53,7 +55,10 @@ MORE_METRICS = {
     "error_surest_80": "error among the surest 80 %",
     "brier_reliability": "Brier: reliability",
     "brier_resolution": "Brier: resolution",
+    "brier_uncertainty": "Brier: uncertainty",
+    "brier_remainder": "Brier: remainder",
 }
+NEITHER_BETTER = ("brier_uncertainty", "brier_remainder")
 
 
 def write_report(run_folder: Path) -> Path:
@@ -92,6 +97,7 @@ def contents(files: RunFiles) -> dict[str, Any]:
         "equal": files.data.get("equal_across_splits", []),
         "classes": class_rows(files),
         "resampled": files.resampled,
+        "interval_words": interval_words(count_groups(files.patients), files.resampled, where="Below each number"),
         "metrics": files.metrics,
         "rows": metric_rows(files),
         "more_rows": metric_rows(files, list(MORE_METRICS)),
@@ -116,7 +122,7 @@ def contents(files: RunFiles) -> dict[str, Any]:
 
 
 def metric_rows(files: RunFiles, names: Sequence[str] = HEADLINE_METRICS) -> list[dict[str, Any]]:
-    """Metrics of every method with their bootstrap intervals over patients; the best of each is marked."""
+    """Metrics of every method with their bootstrap intervals over patients; the best is marked where one is."""
     intervals = files.metrics["intervals"]
     rows = [
         {"method": NAMES.get(method, method), "cells": [{**intervals[method][name], "best": False} for name in names]}
@@ -126,7 +132,7 @@ def metric_rows(files: RunFiles, names: Sequence[str] = HEADLINE_METRICS) -> lis
         larger = name.startswith("accuracy") or name == "brier_resolution"
         best = (max if larger else min)(row["cells"][column]["value"] for row in rows)
         for row in rows:
-            row["cells"][column]["best"] = row["cells"][column]["value"] == best
+            row["cells"][column]["best"] = name not in NEITHER_BETTER and row["cells"][column]["value"] == best
     return rows
 
 
@@ -183,9 +189,9 @@ def figures(files: RunFiles, shown: Sequence[dict[str, Any]]) -> dict[str, str]:
     return {name: _data_uri(path) for name, path in found.items()}
 
 
-def fixed(value: float, digits: int) -> str:
-    """A number with so many digits after the point, and no negative zero."""
-    return f"{value:z.{digits}f}"
+def fixed(value: float | None, digits: int) -> str:
+    """A number with so many digits after the point, and no negative zero; a dash where there is none."""
+    return "–" if value is None or math.isnan(value) else f"{value:z.{digits}f}"
 
 
 def _plain(value: Any) -> Any:

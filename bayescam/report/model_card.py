@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bayescam.diagnose.intervals import Interval, count_groups, interval_words
 from bayescam.report.html import HEADLINES, metric_rows
 from bayescam.report.run_files import RunFiles
 from bayescam.storage import write_text
@@ -34,14 +35,14 @@ def write_model_card(run_folder: Path) -> Path:
         "",
         f"**Verdict.** {HEADLINES[files.comparison['verdict']]} {_plain(files.comparison['words'])}",
         "",
-        f"**Test split.** {metrics['num_test']} images; in brackets the 90 % bootstrap interval over"
-        f" {files.resampled}.",
+        f"**Test split.** {metrics['num_test']} images."
+        f" {interval_words(count_groups(files.patients), files.resampled)}",
         "",
         "| method | accuracy | NLL, nat | ECE, 15 bins | Brier |",
         "|---|---|---|---|---|",
     ]
     for row in metric_rows(files):
-        cells = [f"{c['value']:z.4f} [{c['low']:z.4f}, {c['high']:z.4f}]" for c in row["cells"]]
+        cells = [f"{Interval(c['value'], c['low'], c['high']):.4f}" for c in row["cells"]]
         lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
     lines += [
         "",

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bayescam.backbone.network import Features
-from bayescam.diagnose.intervals import Interval, metrics_with_intervals
+from bayescam.diagnose.intervals import Interval, count_groups, interval_words, metrics_with_intervals
 from bayescam.posterior.predictive import predict_proba
 from bayescam.posterior.temperature import fit_temperature
 from bayescam.stages.state import INTERVAL_LEVEL, METHODS, RunState
@@ -44,6 +44,7 @@ def _probabilities(state: RunState, part: Features) -> dict[str, Tensor]:
 def predict(state: RunState) -> None:
     """Predictions and metrics of every method on the test split; ``predictions.nc``, ``metrics.json``, ``table.md``."""
     from bayescam.diagnose.calibration import classification_metrics
+    from bayescam.diagnose.compare import json_safe
     from bayescam.diagnose.inference_data import save_dataset
 
     folder, part = state.folder, state.part("test")
@@ -58,6 +59,7 @@ def predict(state: RunState) -> None:
             "methods": {name: classification_metrics(p, part.labels) for name, p in probabilities.items()},
             "interval_level": INTERVAL_LEVEL,
             "resampled": state.resampled,
+            "num_resampled": count_groups(state.test_patients),
             "intervals": {name: {m: asdict(one) for m, one in row.items()} for name, row in intervals.items()},
             "uncertainty": _uncertainty(state, predictions),
             "num_test": len(part.labels),
@@ -67,8 +69,9 @@ def predict(state: RunState) -> None:
             "prior_precision": state.gaussians["laplace_full"].prior_precision,
             "log_evidence": state.gaussians["laplace_full"].log_evidence,
         }
-        write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
-        write_text(folder / "table.md", _table(intervals, len(part.labels), state.resampled))
+        write_text(folder / "metrics.json", json.dumps(json_safe(metrics), indent=1, allow_nan=False))
+        words = interval_words(count_groups(state.test_patients), state.resampled, INTERVAL_LEVEL)
+        write_text(folder / "table.md", _table(intervals, len(part.labels), words))
 
 
 def _intervals(state: RunState, part: Features, probabilities: dict[str, Tensor]) -> dict[str, dict[str, Interval]]:
@@ -94,10 +97,9 @@ def _uncertainty(state: RunState, predictions: Any) -> dict[str, dict[str, Any]]
     return found
 
 
-def _table(methods: dict[str, dict[str, Interval]], num_test: int, resampled: str) -> str:
+def _table(methods: dict[str, dict[str, Interval]], num_test: int, words: str) -> str:
     lines = [
-        f"Test split, {num_test} images; in brackets the {100 * INTERVAL_LEVEL:.0f} % bootstrap interval over "
-        f"{resampled}. ECE: 15 bins of equal width. NLL in nats, lower is better.",
+        f"Test split, {num_test} images. {words} ECE: 15 bins of equal width. NLL in nats, lower is better.",
         "",
         "| method | accuracy | NLL | ECE | Brier |",
         "|---|---|---|---|---|",

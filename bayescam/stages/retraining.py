@@ -21,15 +21,16 @@ _MAPPED = 64
 
 def retrain(state: RunState) -> None:
     """Train the network again from ``config.seeds`` other seeds; ``seeds.json``. Nothing is done for ``seeds = 0``."""
+    from bayescam.diagnose.compare import json_safe
+
     folder = state.folder
     if state.config.seeds == 0 or folder.done("seeds"):
         return
     with folder.stage("seeds", ["seeds.json"]):
         own = _judged(state, state.backbone)
         others = [_judged(state, _trained(state, member)) for member in range(1, state.config.seeds + 1)]
-        write_text(
-            folder / "seeds.json", json.dumps(_spread(own, others, _map_sd(state), state.test_patients), indent=1)
-        )
+        spread = json_safe(_spread(own, others, _map_sd(state), state.test_patients))
+        write_text(folder / "seeds.json", json.dumps(spread, indent=1, allow_nan=False))
 
 
 def _trained(state: RunState, member: int) -> Backbone:
@@ -86,7 +87,7 @@ def _spread(
     run's own. ``map_sd_ratio``: sd of a cell over trainings, beside its posterior sd, both root mean squares.
     ``intervals``: of what are means over images, by the bootstrap over the patients of the test images.
     """
-    from bayescam.diagnose.intervals import interval, resampled_mean
+    from bayescam.diagnose.intervals import count_groups, interval, resampled_mean, share_interval
 
     classes = own["predicted"][: len(own["cams"])]
     rows = torch.arange(len(classes))
@@ -106,11 +107,14 @@ def _spread(
         "map_sd_between": np.sqrt(resampled(between)),
         "map_sd_posterior": np.sqrt(resampled(within)),
     }
+    mapped = count_groups(patients[: len(classes)])
+    intervals = {name: interval(values, INTERVAL_LEVEL, num_groups=mapped) for name, values in found.items()}
+    intervals["same_class"] = share_interval(found["same_class"], INTERVAL_LEVEL, num_groups=count_groups(patients))
     return {
         "num_trainings": 1 + len(others),
         "accuracy": [one["accuracy"] for one in (own, *others)],
         "nll": [one["nll"] for one in (own, *others)],
         "map_images": len(classes),
         **{name: float(values[0]) for name, values in found.items()},
-        "intervals": {name: asdict(interval(values, INTERVAL_LEVEL)) for name, values in found.items()},
+        "intervals": {name: asdict(one) for name, one in intervals.items()},
     }

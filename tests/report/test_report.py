@@ -119,7 +119,9 @@ class TestReport:
         assert comparison["words"] in words
         assert metrics["resampled"] == "images"  # the manifest names no patient
         assert "split by images, which name no patient" in words
-        assert "interval over images" in card
+        assert re.search(r"interval over \d+ images\. .*ECE is biased upwards in small samples; its interval", card)
+        assert re.search(r"interval over \d+ images\. .*ECE is biased upwards in small samples; its interval", words)
+        assert str(metrics["num_resampled"]) in re.findall(r"interval over (\d+) images", card)
         for row in comparison["predictive"].values():
             for key in ("total_variation", "agreement", "nll_difference", "ece_difference"):
                 assert f"{row[f'{key}_low']:z.4f} to {row[f'{key}_high']:z.4f}" in words
@@ -132,6 +134,35 @@ class TestReport:
         assert "mutual_information" not in metrics["uncertainty"]["map"]
         surest = metrics["intervals"]["nuts"]["error_surest_80"]
         assert f"{surest['low']:z.4f} to {surest['high']:z.4f}" in words
+
+    def test_the_parts_of_brier_are_shown_and_add_up_to_it(self, run_folder):
+        words = (run_folder / "report.html").read_text(encoding="utf-8")
+        for row in json.loads((run_folder / "metrics.json").read_text())["intervals"].values():
+            parts = [
+                row[f"brier_{name}"]["value"] for name in ("reliability", "resolution", "uncertainty", "remainder")
+            ]
+            assert parts[0] - parts[1] + parts[2] + parts[3] == pytest.approx(row["brier"]["value"], abs=1e-9)
+            for part in parts:
+                assert f">{part:z.4f}<small>" in words
+
+    def test_where_there_is_no_interval_it_says_so(self, run_folder, tmp_path):
+        shutil.copytree(run_folder, tmp_path / "r")
+
+        def without(value: object) -> object:
+            if not isinstance(value, dict):
+                return value
+            return {k: None if k.endswith(("low", "high")) else without(one) for k, one in value.items()}
+
+        for name in ("metrics.json", "comparison.json", "seeds.json"):
+            stored = json.loads((run_folder / name).read_text())
+            (tmp_path / "r" / name).write_text(json.dumps(without(stored), allow_nan=False))
+        page = write_report(tmp_path / "r").read_text(encoding="utf-8")
+        assert "(no interval, for want of a second image)" in page
+        assert re.search(r"\d<small>no interval</small>", page)
+        assert "% (no interval) of the test images keep" in page
+        assert "None to" not in page
+        card = write_model_card(tmp_path / "r").read_text(encoding="utf-8")
+        assert re.search(r"\| \d\.\d{4} \[-\] \|", card)
 
     def test_every_number_of_the_table_has_its_interval(self, run_folder):
         metrics = json.loads((run_folder / "metrics.json").read_text())
