@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,7 +26,15 @@ from bayescam.posterior.curvature import (
 )
 from bayescam.posterior.draws import Draws
 from bayescam.posterior.evidence import BRACKET, maximise
-from bayescam.posterior.images import TrainingImages, augment, check_images, check_prior_precision, check_rows
+from bayescam.posterior.images import (
+    TrainingImages,
+    augment,
+    check_class_weights,
+    check_images,
+    check_prior_precision,
+    check_rows,
+    whole_number,
+)
 from bayescam.posterior.laplace_file import SCALARS, STORED, read_laplace_file
 from bayescam.posterior.map import MapEstimate, find_map, whitening
 from bayescam.posterior.refine import Refinement
@@ -41,22 +49,30 @@ CRITERIA = ("evidence", "elbo")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Laplace:
-    """A Gaussian posterior over weight and bias: Laplace's around the MAP, or the refined one. All tensors are
-    float64.
+    """A Gaussian posterior over weight and bias: Laplace's around the MAP, or the refined one.
+
+    q(theta) = Normal(mean, Sigma) over theta = [weight, bias]: for Laplace's the mean is the mode of the joint density
+    and Sigma the inverse of its curvature there (``fit_laplace``); for the refined one both minimise KL(q || posterior)
+    (``refine``). All tensors are float64.
 
     Args:
         weight_mean: (K, D).    bias_mean: (K,).
-        covariance: of [weight, bias], in one of three structures.
+        covariance: Sigma, in one of three structures.
         prior_precision: tau.
-        log_evidence: log p(y | tau) by Laplace, constants included.
+        log_evidence: log p(y | tau) by Laplace at the MAP, constants included; a refined posterior keeps its start's.
         num_train: N.
-        gradient_norm: |gradient of -log joint| at the MAP.
-        newton_decrement: the distance of the mean from its optimum (the MAP, or E_q[grad U] = 0) in posterior sds.
+        gradient_norm: |g|, g the gradient of U = -log joint at the MAP, or E_q[grad U] if refined.
+        newton_decrement: how far the mean is from its optimum (the MAP, or E_q[grad U] = 0) in posterior sds, to second
+            order: sqrt(g^T H^-1 g), by the Cholesky factor of H for "full". For "kron" and "diag" an estimate: by
+            conjugate gradients on H at the MAP, and sqrt(g^T Sigma g) if refined.
         refined: whether this is the KL-optimal Gaussian.
-        elbo: its evidence lower bound, None unless refined.
+        elbo: its evidence lower bound, log p(y | tau) - KL(q || posterior), None unless refined.
         notes: what a reader should know: an absent class, a prior that dominates, a bound that was hit.
         class_weights: (K,) of the generalised likelihood, or None.
         refinement: how ``refine`` went, where it was run in this process.
+
+    Source: MacKay (1992), Neural Computation 4; Opper and Archambeau (2009), Neural Computation 21, for the refined
+    one.
     """
 
     weight_mean: Tensor
@@ -75,11 +91,11 @@ class Laplace:
 
     def __repr__(self) -> str:
         kind = "refined Gaussian" if self.refined else "Laplace"
+        score = f"log_evidence={self.log_evidence:.2f}" if self.elbo is None else f"elbo={self.elbo:.2f}"
         noted = f", notes: {'; '.join(self.notes)}" if self.notes else ""
         return (
             f"{kind}({self.structure}, classes={self.num_classes}, features={self.num_features}, "
-            f"images={self.num_train}, prior_precision={self.prior_precision:.4g}, "
-            f"log_evidence={self.log_evidence:.2f}{noted})"
+            f"images={self.num_train}, prior_precision={self.prior_precision:.4g}, {score}{noted})"
         )
 
     def _repr_html_(self) -> str:
@@ -88,7 +104,8 @@ class Laplace:
             ("classes, features", f"{self.num_classes}, {self.num_features}"),
             ("images fitted to", self.num_train),
             ("prior precision", f"{self.prior_precision:.4g}"),
-            ("log evidence", f"{self.log_evidence:.2f}"),
+            *(() if self.elbo is None else (("ELBO", f"{self.elbo:.2f}"),)),
+            ("log evidence by Laplace" if self.refined else "log evidence", f"{self.log_evidence:.2f}"),
             ("Newton decrement, sds", f"{self.newton_decrement:.2g}"),
             *(("note", note) for note in self.notes),
         ]
@@ -96,14 +113,17 @@ class Laplace:
 
     @property
     def structure(self) -> str:
+        """ "full", "kron" or "diag": which correlations the covariance keeps."""
         return self.covariance.structure
 
     @property
     def num_classes(self) -> int:
+        """K."""
         return self.weight_mean.shape[0]
 
     @property
     def num_features(self) -> int:
+        """D."""
         return self.weight_mean.shape[1]
 
     @property
@@ -123,7 +143,13 @@ class Laplace:
 
     @property
     def guide(self) -> AutoMultivariateNormal:
-        """This posterior as a Pyro guide over the sites "weight" and "bias" of ``last_layer`` (structure "full")."""
+        """This posterior as a Pyro guide over the sites "weight" and "bias" of ``last_layer``.
+
+        A new one each time, float64; ``Predictive`` and ``NeuTraReparam`` take it with float32 features too.
+
+        Raises:
+            ValueError: the structure is "kron" or "diag".
+        """
         if not isinstance(self.covariance, FullCovariance):
             raise ValueError(f"guide needs structure 'full', this posterior is {self.structure!r}; use sample instead")
         from bayescam.posterior.guide import last_layer_guide
@@ -135,16 +161,22 @@ class Laplace:
 
         Args:
             num_samples: S >= 1.
-            seed: of the generator, so that the same seed gives the same draws on the same device.
+            seed: of the generator, 0..2^64 - 1; the same seed gives the same draws on the same device.
+
+        Raises:
+            TypeError, ValueError: num_samples or seed is no whole number of that range.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples}; ask for at least 1 draw")
+        size, seed = whole_number(num_samples, "num_samples", 1), whole_number(seed, "seed", 0)
         generator = torch.Generator(self.weight_mean.device).manual_seed(seed)
-        theta = self.theta_mean + self.covariance.sample(num_samples, generator)
+        theta = self.theta_mean + self.covariance.sample(size, generator)
         return Draws(theta[None, ..., :-1], theta[None, ..., -1])
 
     def logit_moments(self, features: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
-        """Mean (N, K) and covariance (N, K, K) of the centred logits f - mean_k f at features (N, D)."""
+        """Mean (N, K) and covariance (N, K, K) of the centred logits f - mean_k f at features (N, D).
+
+        Raises:
+            TypeError, ValueError: features of another type or D, or not finite.
+        """
         rows = augment(self._features(features))
         mean = rows @ self.theta_mean.T
         covariance = self.covariance.logit_covariance(rows)
@@ -153,20 +185,33 @@ class Laplace:
         return mean - mean.mean(-1, keepdim=True), covariance
 
     def map_logits(self, features: Tensor | np.ndarray) -> Tensor:
-        """Logits at the posterior mean (the MAP, unless refined): features (N, D) -> (N, K), float64."""
+        """Logits at the posterior mean (the MAP, unless refined): features (N, D) -> (N, K), float64.
+
+        Raises:
+            TypeError, ValueError: features of another type or D, or not finite.
+        """
         return (augment(self._features(features)) @ self.theta_mean.T).double()
 
     def predict_proba(
-        self, features: Tensor | np.ndarray, *, method: str = predictive.DEFAULT_METHOD, **options: Any
+        self,
+        features: Tensor | np.ndarray,
+        *,
+        method: str = predictive.DEFAULT_METHOD,
+        num_points: int | None = None,
     ) -> Tensor:
-        """Posterior predictive class probabilities: features (N, D) -> (N, K).
+        """Posterior predictive class probabilities, E_q[softmax(weight phi + bias)]: features (N, D) -> (N, K).
 
         Args:
             features: phi, (N, D).
-            method: one of ``predictive.METHODS``: see there.
-            options: of the method.
+            method: "mc" (the default), "pairwise", "bridge" or "map": see ``predictive.gaussian_predict_proba``.
+            num_points: of the "mc" rule, even; 1,024 without it.
+
+        Raises:
+            TypeError, ValueError: features of another type or D, or not finite; no such method; num_points that is odd,
+                no whole number, or given with another method than "mc".
         """
-        return predictive.gaussian_predict_proba(self, self._features(features), method=method, **options)
+        rows = self._features(features)
+        return predictive.gaussian_predict_proba(self, rows, method=method, num_points=num_points)
 
     def _features(self, features: Tensor | np.ndarray) -> Tensor:
         return check_rows(features, self.num_features, self.weight_mean)
@@ -174,20 +219,40 @@ class Laplace:
     def refine(
         self,
         features: Tensor | np.ndarray,
-        labels: Tensor | np.ndarray,
+        labels: Tensor | np.ndarray | Sequence[int],
         *,
         group: ProcessGroup | None = None,
         num_points: int | None = None,
     ) -> Laplace:
         """The Gaussian of this structure nearest to the posterior in KL(q || posterior), started from this one.
 
+        With U = -log joint, it is where
+
+            E_q[grad U] = 0    and    Sigma^-1 = E_q[Hessian U]
+
+        ("diag": sigma_i^-2 = E_q[H_ii]; "kron": the Kronecker factors of E_q[H]), reached by variational Newton steps
+        that are kept only if the ELBO rises. The module ``bayescam.posterior.refine`` derives it. One refinement takes
+        at most 25 curvatures; ``.refinement`` says how it went, and a note where it stopped short.
+
         Args:
             features: phi (N, D), the training features that this posterior was fitted on.
             labels: (N,), theirs.
             group: a torch.distributed process group; features and labels are then this rank's shard.
             num_points: of the quasi-Monte Carlo rule for what pairs of classes leave over of each image's expectations;
-                2,048 or fewer without it, the fewer the more images there are.
+                even; 2,048 or fewer without it, the fewer the more images there are.
+
+        Raises:
+            TypeError, ValueError: features, labels or num_points that cannot be used, or another number of images or
+                features than the posterior was fitted to.
+            NotPositiveDefiniteError: the expected Hessian has a direction whose curvature float64 cannot hold.
+            RankError: another rank's shard was refused.
+
+        Sources: Opper and Archambeau (2009), Neural Computation 21; Khan and Lin (2017), AISTATS, the steps. Nearest
+        are VBLL (Harrison, Willes and Snoek 2024, ICLR), which trains a Jensen bound of this ELBO with class-wise
+        covariances by SGD, and IVON (Shen et al. 2024, ICML), a diagonal Gaussian trained with the network.
         """
+        if num_points is not None:
+            num_points = whole_number(num_points, "num_points", 2)
         images = check_images(
             features, labels, num_classes=self.num_classes, class_weights=self.class_weights, group=group
         )
@@ -206,7 +271,14 @@ class Laplace:
         )
 
     def save(self, path: Path | str) -> None:
-        """Write the posterior as one safetensors file; no training data is in it."""
+        """Write the posterior as one safetensors file; no training data is in it.
+
+        Args:
+            path: of the file; one that is there is replaced.
+
+        Raises:
+            OSError: it cannot be written there.
+        """
         tensors = {"weight_mean": self.weight_mean, "bias_mean": self.bias_mean}
         tensors |= {name: value for name, value in vars(self.covariance).items() if name in STORED[self.structure]}
         if self.class_weights is not None:
@@ -247,24 +319,35 @@ def load_laplace(path: Path | str) -> Laplace:
 
 def fit_laplace(
     features: Tensor | np.ndarray,
-    labels: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | Sequence[int],
     *,
     num_classes: int | None = None,
     prior_precision: float | str = "evidence",
     structure: str = "full",
-    class_weights: Tensor | np.ndarray | None = None,
+    class_weights: Tensor | np.ndarray | Sequence[float] | None = None,
     group: ProcessGroup | None = None,
     bracket: tuple[float, float] = BRACKET,
 ) -> Laplace:
     """The Laplace posterior of a last layer on frozen features: MAP, Hessian there, Gaussian.
 
+    With phi~ = (phi, 1), p_n = softmax(theta phi~_n) and w_n = 1, or the class weight of y_n,
+
+        U(theta) = -sum_n w_n log p_n[y_n] - log Normal(theta; 0, I / tau),
+
+    the mean is theta* = argmin U, and the inverse covariance there
+
+        full   H = sum_n w_n (diag p_n - p_n p_n^T) (x) phi~_n phi~_n^T + tau I
+        kron   (sum_n w_n (diag p_n - p_n p_n^T) / sum_n w_n) (x) (sum_n w_n phi~_n phi~_n^T) + tau I
+        diag   the diagonal of H.
+
+    log_evidence = -U(theta*) + P/2 log 2 pi - log det(inverse covariance) / 2.
+
     Args:
         features: phi (N, D), a tensor, array or memory map; float32 or float64 (float16 is computed in float32).
         labels: (N,) whole numbers in 0..K-1.
         num_classes: K; one more than the largest label without it.
-        prior_precision: tau; "evidence" chooses it by Laplace's marginal likelihood, the MAP re-fitted at every
-        value tried;
-            "elbo" by the evidence lower bound of the refined posterior, to be trusted where Laplace is not.
+        prior_precision: tau; "evidence" chooses it by Laplace's marginal likelihood, the MAP re-fitted at every value
+            tried; "elbo" by the evidence lower bound of the refined posterior, to be trusted where Laplace is not.
         structure: "full", "kron" or "diag".
         class_weights: (K,) positive; the likelihood of image n is then raised to class_weights[y_n], alike in MAP,
             Hessian and evidence.
@@ -274,6 +357,10 @@ def fit_laplace(
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
         NotPositiveDefiniteError, ConvergenceError: the numbers cannot be handled in this precision.
+        RankError: another rank's shard was refused.
+
+    Sources: MacKay (1992), Neural Computation 4; Ritter, Botev and Barber (2018), ICLR, for "kron"; Daxberger et al.
+    (2021), NeurIPS, for Laplace on the last layer.
     """
     if structure not in STRUCTURES:
         raise ValueError(f"structure is {structure!r}; choose one of {', '.join(STRUCTURES)}")
@@ -282,12 +369,23 @@ def fit_laplace(
             f"prior_precision is {prior_precision!r}; give a positive number or one of {', '.join(CRITERIA)}"
         )
     tau = None if isinstance(prior_precision, str) else check_prior_precision(prior_precision)
+    ends = _check_bracket(bracket)
     images = check_images(features, labels, num_classes=num_classes, class_weights=class_weights, group=group)
-    weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float64).to(images.device)
+    weights = None if class_weights is None else check_class_weights(class_weights, images.num_classes, images.device)
     whitener = whitening(images)
     if tau is not None:
         return laplace_at(images, find_map(images, tau, whitener), whitener, tau, structure, weights)
-    return _by_criterion(images, whitener, structure, weights, str(prior_precision), bracket)
+    return _by_criterion(images, whitener, structure, weights, str(prior_precision), ends)
+
+
+def _check_bracket(bracket: tuple[float, float]) -> tuple[float, float]:
+    try:
+        low, high = (math.nan, math.nan) if isinstance(bracket, str) else (float(end) for end in bracket)
+    except (TypeError, ValueError, OverflowError):
+        low = high = math.nan
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"bracket is {bracket!r}; it must be two positive, finite, increasing prior precisions")
+    return low, high
 
 
 def _by_criterion(
