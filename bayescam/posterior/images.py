@@ -27,7 +27,8 @@ _CHUNK_ELEMENTS = 1 << 21
 _MORE_OFF_CPU = 16  # a chunk that fills a processor's cache does not fill a GPU
 _MOST_CLASSES = 1 << 20
 _LARGEST_WEIGHT = 1e9
-_FEATURES_WAY_OUT = "convert them to float32"
+_FEATURES_WAY_OUT = "give dense float32 or float64 numbers"
+_LABELS_WAY_OUT = "number the classes 0..K-1, as np.unique(names, return_inverse=True) does"
 _ValueT = TypeVar("_ValueT", bound=Tensor)
 
 
@@ -169,6 +170,26 @@ def as_features(features: Tensor | np.ndarray) -> Tensor:
     return as_tensor(features, "features", _FEATURES_WAY_OUT)
 
 
+def as_labels(labels: Tensor | np.ndarray | Sequence[int]) -> Tensor:
+    """``as_tensor`` of labels of any real type and shape, as int64.
+
+    Raises:
+        TypeError: no numbers, or bools.
+        ValueError: one that is not a whole number, or of 2^53 and more, where floats skip some.
+    """
+    found = as_tensor(labels, "labels", _LABELS_WAY_OUT)
+    if found.dtype == torch.bool:
+        raise TypeError(f"labels must be whole numbers 0..K-1, got {found.dtype}; {_LABELS_WAY_OUT}")
+    if found.is_floating_point():
+        broken = (found != found.round()) | ~(found.abs() < 2.0**53)
+        if bool(broken.any()):
+            at = broken.nonzero()[0].tolist()
+            raise ValueError(
+                f"labels{at} is {float(found[tuple(at)]):g}, not a whole number in 0..K-1; mend it or drop that image"
+            )
+    return found.long()
+
+
 def augment(features: Tensor) -> Tensor:
     """phi~ = (phi, 1): (..., D) -> (..., D+1)."""
     return torch.cat([features, features.new_ones(*features.shape[:-1], 1)], dim=-1)
@@ -284,29 +305,12 @@ def _is_wide(features: Tensor | np.ndarray) -> bool:
 
 
 def _check_labels(labels: Tensor | np.ndarray | Sequence[int], num_images: int) -> Tensor:
-    found = as_tensor(labels, "labels", "number the classes 0..K-1")
+    found = as_labels(labels)
     if found.shape != (num_images,):
         raise ValueError(f"labels must be ({num_images},) like the rows of features, got {tuple(found.shape)}")
     if num_images == 0:
         raise ValueError("features holds no image (N = 0); a fit needs at least one on every rank")
-    return whole_labels(found)
-
-
-def whole_labels(found: Tensor) -> Tensor:
-    """Labels (N,) of any real type as int64.
-
-    Raises:
-        TypeError: bools.
-        ValueError: one that is not a whole number, or of 2^53 and more, where floats skip some.
-    """
-    if found.dtype == torch.bool:
-        raise TypeError(f"labels must be whole numbers 0..K-1, got {found.dtype}; number the classes 0..K-1")
-    if found.is_floating_point():
-        broken = (found != found.round()) | ~(found.abs() < 2.0**53)
-        if bool(broken.any()):
-            at = int(broken.nonzero()[0])
-            raise ValueError(f"labels[{at}] is {float(found[at]):g}, not a whole number in 0..K-1; number the classes")
-    return found.long()
+    return found
 
 
 def _count_classes(labels: Tensor, group: ProcessGroup | None) -> int:

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from bayescam.posterior.images import as_tensor, whole_labels
+from bayescam.posterior.images import as_labels, as_tensor
 
 TEMPERATURES = (0.01, 100.0)
 
@@ -35,7 +35,7 @@ def fit_temperature(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray | S
     Source: Guo et al. (2017), arXiv:1706.04599.
     """
     scores = as_tensor(logits, "logits", "give (N, K) floating-point numbers").double().cpu()
-    target = as_tensor(labels, "labels", "number the classes 0..K-1").cpu()
+    target = as_labels(labels).cpu()
     if scores.dim() != 2 or target.shape != scores.shape[:1] or not len(target):
         raise ValueError(f"logits must be (N, K) and labels (N,), got {tuple(scores.shape)} and {tuple(target.shape)}")
     if scores.shape[1] < 2:
@@ -44,7 +44,6 @@ def fit_temperature(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray | S
     if not bool(finite.all()):
         row, column = (~finite).nonzero()[0].tolist()
         raise ValueError(f"logits[{row}, {column}] is {float(scores[row, column])}, NaN or infinite; drop that image")
-    target = whole_labels(target)
     if int(target.min()) < 0 or int(target.max()) >= scores.shape[1]:
         raise ValueError(
             f"labels run from {int(target.min())} to {int(target.max())}, outside 0..{scores.shape[1] - 1}; number the "
