@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoLaplaceApproximation, AutoMultivariateNormal
 from pyro.infer.reparam import NeuTraReparam
+from pyro.poutine.mask_messenger import MaskMessenger
 
 import bayescam as bc
 from bayescam.posterior.guide import theta_scale_tril
@@ -25,8 +26,8 @@ def data():
     return phi, torch.arange(N) % K
 
 
-def trained(model, data, steps=30):
-    guide = bc.AutoLastLayerLaplace(model)
+def trained(model, data, steps=30, **options):
+    guide = bc.AutoLastLayerLaplace(model, **options)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
     for _ in range(steps):
         svi.step(*data)
@@ -69,6 +70,41 @@ def test_two_guides_share_nothing(data):
     assert first.loc.data_ptr() != second.loc.data_ptr()
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_an_approximation_stays_where_it_was_made(scaled, data):
+    """Steps that the guide takes afterwards do not move it, whoever made it: the closed form or Pyro."""
+    model = functools.partial(bc.last_layer, num_classes=K, prior_precision=TAU)
+    model = poutine.scale(model, scale=0.5) if scaled else model
+    guide = bc.AutoLastLayerLaplace(model)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    svi.step(*data)
+    made = guide.laplace_approximation(*data)
+    before = made.loc.clone()
+    for _ in range(3):
+        svi.step(*data)
+    torch.testing.assert_close(made.loc, before, rtol=0, atol=0)
+    assert float((guide.loc.detach() - before).abs().min()) > 0.01
+
+
+def test_a_named_guide_finds_what_another_process_stored(data):
+    model = functools.partial(bc.last_layer, num_classes=K, prior_precision=TAU)
+    first = trained(model, data, name="head")
+    assert list(pyro.get_param_store()) == ["head.loc"]
+    stored, learnt = pyro.get_param_store().get_state(), first.loc.detach().clone()
+    pyro.clear_param_store()
+    pyro.get_param_store().set_state(stored)
+    for name, found in (("head", True), ("other", False), (None, False)):
+        again = bc.AutoLastLayerLaplace(model, name=name)
+        again(*data)
+        assert torch.equal(again.loc, learnt) == found
+
+
+@pytest.mark.parametrize(("name", "error"), [(3, TypeError), ("", ValueError)])
+def test_a_name_that_is_none_is_refused(name, error):
+    with pytest.raises(error, match="name"):
+        bc.AutoLastLayerLaplace(bc.last_layer, name=name)
+
+
 def test_another_model_is_left_to_pyro(data):
     def other():
         pyro.sample("x", pyro.distributions.Normal(torch.zeros(2), torch.tensor([1.0, 2.0])).to_event(1))
@@ -78,13 +114,24 @@ def test_another_model_is_left_to_pyro(data):
     torch.testing.assert_close(covariance_of(guide.laplace_approximation()), torch.diag(torch.tensor([1.0, 4.0])))
 
 
-@pytest.mark.parametrize("change", ["scaled", "factor", "another observation"])
+class HalfOfTheLabels(MaskMessenger):
+    """Masks every other image, the prior not."""
+
+    def _process_message(self, msg):
+        if msg["name"] == "y":
+            super()._process_message(msg)
+
+
+@pytest.mark.parametrize("change", ["scaled", "masked", "factor", "another observation"])
 def test_a_last_layer_with_more_in_its_density_is_left_to_pyro(change, data):
     last = functools.partial(bc.last_layer, num_classes=K, prior_precision=TAU)
 
     def model(features, labels=None):
         if change == "scaled":
             return poutine.scale(last, scale=1 / N)(features, labels)
+        if change == "masked":
+            with HalfOfTheLabels(mask=torch.arange(N) % 2 == 0):
+                return last(features, labels)
         labels = last(features, labels)
         if change == "factor":
             return pyro.factor("f", -features.square().sum())
@@ -96,22 +143,39 @@ def test_a_last_layer_with_more_in_its_density_is_left_to_pyro(change, data):
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
+def test_a_prior_precision_for_each_feature_is_left_to_pyro():
+    """With as many features as classes a vector of K numbers is one for each: no scale that all parameters share."""
+    pyro.clear_param_store()
+    tau = torch.tensor([0.1, 1.0, 20.0], dtype=torch.float64)
+    data = torch.randn(N, 3, dtype=torch.float64), torch.arange(N) % 3
+    guide = trained(functools.partial(bc.last_layer, num_classes=3, prior_precision=tau), data, steps=3)
+    ours = covariance_of(guide.laplace_approximation(*data))
+    theirs = covariance_of(AutoLaplaceApproximation.laplace_approximation(guide, *data))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+
+
 def guides(data):
     model = functools.partial(bc.last_layer, num_classes=K, prior_precision=TAU)
     fit = bc.fit_laplace(*data, prior_precision=TAU)
     return model, [trained(model, data).laplace_approximation(*data), fit.guide, fit.refine(*data).guide]
 
 
-def test_predictive_works_at_once(data):
+@pytest.mark.parametrize("features", [torch.float32, torch.float64])
+def test_predictive_works_at_once(features, data):
+    data = data[0].to(features), data[1]
     model, made = guides(data)
     for guide in made:
         drawn = Predictive(model, guide=guide, num_samples=6)(data[0])
         assert drawn["y"].shape == (6, N)
         latent = Predictive(guide, num_samples=6)(data[0])
         assert latent["weight"].shape[-2:] == (K, D)
+        side_by_side = Predictive(model, guide=guide, num_samples=6, parallel=True)(data[0])
+        assert side_by_side["y"].shape == (6, N)
 
 
-def test_neutra_works_at_once(data):
+@pytest.mark.parametrize("features", [torch.float32, torch.float64])
+def test_neutra_works_at_once(features, data):
+    data = data[0].to(features), data[1]
     model, made = guides(data)
     for guide in made:
         neutra = NeuTraReparam(guide.requires_grad_(False))
@@ -119,6 +183,15 @@ def test_neutra_works_at_once(data):
         chain.run(*data)
         (latent,) = chain.get_samples().values()
         assert neutra.transform_sample(latent)["weight"].shape == (3, K, D)
+
+
+def test_svi_takes_particles_side_by_side(model, data):
+    guide = bc.AutoLastLayerLaplace(model)
+    loss = Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), loss)
+    assert float(svi.step(*data)) > float(svi.step(*data))
+    theirs = AutoLaplaceApproximation.laplace_approximation(guide, *data)
+    torch.testing.assert_close(covariance_of(guide.laplace_approximation(*data)), covariance_of(theirs))
 
 
 def test_the_guide_of_a_posterior_has_its_moments(data):
