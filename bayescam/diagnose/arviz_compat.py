@@ -22,7 +22,9 @@ def rhat(draws: np.ndarray) -> np.ndarray:
 
 
 def ess(draws: np.ndarray, method: str = "bulk") -> np.ndarray:
-    """Effective sample size of draws (C, S, ...) -> (...); method "bulk", "tail", "mean", "sd", ..."""
+    """Effective sample size of draws (C, S, ...) -> (...); method "bulk", "tail", "mean", "sd", ...; NaN of under 4."""
+    if draws.shape[1] < 4:
+        return np.full(draws.shape[2:], np.nan)
     return az.ess(_dataset(draws), method=method)["x"].values
 
 
@@ -51,6 +53,33 @@ def loo(idata: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(pointwise, dtype=float).ravel(), np.asarray(found.pareto_k, dtype=float).ravel()
 
 
+def elpd_data(elpd_i: np.ndarray, pareto_k: np.ndarray, *, se: float, p: float, num_samples: int, good_k: float) -> Any:
+    """Pointwise leave-one-out as the ELPDData that the installed ``az.compare`` and ``az.plot_khat`` take.
+
+    Args:
+        elpd_i, pareto_k: of each image, (N,).
+        se: of the sum of ``elpd_i``.
+        p: the effective number of parameters.
+        num_samples: draws.
+        good_k: the largest shape that can be trusted.
+    """
+    values, shapes = (xr.DataArray(one, dims=("train_id",)) for one in (elpd_i, pareto_k))
+    warning = bool((pareto_k > good_k).any())
+    facts = [float(elpd_i.sum()), se, p, num_samples, len(elpd_i), warning]
+    if not _IS_TREE:
+        from arviz.stats.stats_utils import ELPDData
+
+        names = ["elpd_loo", "se", "p_loo", "n_samples", "n_data_points", "warning", "loo_i", "pareto_k", "scale"]
+        return ELPDData(data=[*facts, values, shapes, "log", good_k], index=[*names, "good_k"])
+    from arviz_stats import utils
+
+    names = ["elpd", "se", "p", "n_samples", "n_data_points", "warning"]
+    given = dict(zip(names, facts, strict=True)) | {"scale": "log", "good_k": good_k}
+    if hasattr(utils, "ELPDDataLOO"):
+        return utils.ELPDDataLOO(**given, elpd_i=values, pareto_k=shapes)
+    return utils.ELPDData(kind="loo", **given, elpd_i=values, pareto_k=shapes)
+
+
 def _dataset(draws: np.ndarray) -> xr.Dataset:
     values = np.asarray(draws, dtype=float)
     dims = ["chain", "draw", *(f"dim_{i}" for i in range(values.ndim - 2))]
@@ -69,6 +98,8 @@ def summary(
 
     ArviZ 1.x stacks the rows of its table along a dimension that it calls "label", a name that nothing in it changes,
     and so refuses data that have a dimension of that name, as ours do: here ours has another name on the way through.
+    What else differs there: ``az.plot_ecdf`` is ``az.plot_dist(data, kind="ecdf")``, and ``az.plot_rank`` wants more
+    chains than the one that a Gaussian's draws make.
 
     Args:
         idata: InferenceData, a DataTree, or one Dataset of it.
@@ -79,6 +110,10 @@ def summary(
 
     Returns:
         a pandas DataFrame, or a Dataset where fmt is "xarray".
+
+    Raises:
+        TypeError: idata is none of these.
+        ValueError: a group that it does not have.
     """
     dataset = idata if isinstance(idata, xr.Dataset) else get_dataset(idata, group)
     away = {"label": "label_"} if _IS_TREE and "label" in dataset.dims else {}
@@ -95,7 +130,7 @@ def summary(
 def bfmi(idata: Any) -> np.ndarray:
     """``az.bfmi``: the energy fraction of each chain, (C,)."""
     found = az.bfmi(idata)
-    return np.asarray(get_dataset(found, "")["energy"] if _IS_TREE else found)
+    return np.asarray(found["energy"] if _IS_TREE else found)
 
 
 def make_idata(groups: Mapping[str, xr.Dataset]) -> Any:
@@ -105,12 +140,34 @@ def make_idata(groups: Mapping[str, xr.Dataset]) -> Any:
     return az.InferenceData(warn_on_custom_groups=False, **groups)
 
 
+def is_idata(value: Any) -> bool:
+    """Whether ``value`` holds groups as the installed ArviZ does."""
+    return isinstance(value, xr.DataTree if _IS_TREE else az.InferenceData)
+
+
 def group_names(idata: Any) -> list[str]:
-    """The names of the groups."""
+    """The names of the groups.
+
+    Raises:
+        TypeError: idata holds none.
+    """
+    if not is_idata(idata):
+        raise TypeError(
+            f"idata must be what to_inference_data returns ({'DataTree' if _IS_TREE else 'InferenceData'}), got "
+            f"{type(idata).__name__}"
+        )
     return list(idata.groups()) if callable(idata.groups) else [name.strip("/") for name in idata.groups if name != "/"]
 
 
 def get_dataset(idata: Any, group: str) -> xr.Dataset:
-    """One group as a plain Dataset."""
+    """One group as a plain Dataset.
+
+    Raises:
+        TypeError: idata holds no groups.
+        ValueError: it does not hold this one.
+    """
+    names = group_names(idata)
+    if group not in names:
+        raise ValueError(f"group is {group!r}; idata has {', '.join(names)}")
     node = idata[group]
     return node if isinstance(node, xr.Dataset) else node.to_dataset()
