@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,15 +20,26 @@ from torch import Tensor
 
 from bayescam import __version__
 from bayescam.diagnose.arviz_compat import get_dataset, group_names, make_idata
-from bayescam.posterior.covariance import Covariance, DiagCovariance, FullCovariance
+from bayescam.diagnose.density import log_density, log_weight
+from bayescam.diagnose.inference_inputs import (
+    Prior,
+    check_names,
+    check_pair,
+    check_posterior,
+    check_prior,
+    check_train,
+    spawned,
+    whole_number,
+)
+from bayescam.posterior.covariance import Covariance
 from bayescam.posterior.draws import Draws
-from bayescam.posterior.images import check_images
+from bayescam.posterior.images import TrainingImages
 from bayescam.posterior.laplace import Laplace
 from bayescam.posterior.model import log_prior, negative_log_joint
 from bayescam.posterior.nuts import Nuts
 from bayescam.storage import load_netcdf, netcdf_groups, save_netcdf
 
-_ELEMENTS = 1 << 24
+_ELEMENTS = 1 << 22
 _MAX_PREDICTION_ELEMENTS = 30_000_000
 _THETA_BATCH = 64
 _MAX_COVARIANCE_SIZE = 1000
@@ -36,24 +47,29 @@ _MAX_COVARIANCE_SIZE = 1000
 
 def to_inference_data(
     posterior: Laplace | Nuts | Draws,
-    features: Tensor | None = None,
-    labels: Tensor | None = None,
+    features: Tensor | np.ndarray | None = None,
+    labels: Tensor | np.ndarray | Sequence[int] | None = None,
     *,
-    train: tuple[Tensor, Tensor] | None = None,
+    train: tuple[Tensor | np.ndarray, Tensor | np.ndarray | Sequence[int]] | None = None,
     classes: Sequence[str] | None = None,
     obs_ids: Sequence[str] | None = None,
     num_samples: int = 500,
     seed: int = 0,
     prior_precision: float | None = None,
+    tau_prior: tuple[float, float] | Literal["gamma"] | None = None,
     log_likelihood: Literal["evaluation", "train"] = "evaluation",
 ) -> Any:
     """A posterior as ArviZ's InferenceData (a DataTree since ArviZ 1.0).
 
-    Groups: ``posterior`` (weight, bias, and both centred), ``log_prior``, ``prior``; for NUTS ``sample_stats`` with
-    Stan's names; for a Gaussian ``fit`` (mean, sd and, up to 1,000 parameters, the covariance) and, with ``train``,
-    ``sample_stats`` (lp, lp_approx); with ``features`` ``constant_data``, ``posterior_predictive``, ``predictions``
-    and ``prior_predictive``; with ``labels`` ``observed_data`` and ``log_likelihood``, whose attribute "images" says
-    of which images it is. ``az.loo`` and ``az.compare`` leave images out of the posterior: they need those of "train".
+    Groups: ``posterior`` (weight, bias, both centred, and tau where it was sampled), ``log_prior``, ``prior``; for NUTS
+    ``sample_stats`` with Stan's names; for a Gaussian ``fit`` (mean, sd and, up to 1,000 parameters, the covariance)
+    and, with ``train``, ``sample_stats`` (lp, lp_approx, log_weight); with ``features`` ``constant_data``,
+    ``posterior_predictive``, ``predictions`` and ``prior_predictive``; with ``labels`` ``observed_data`` and
+    ``log_likelihood``, whose attribute "images" says of which images it is. ``az.loo`` and ``az.compare`` leave images
+    out of the posterior: they need those of "train", and ``leave_one_out`` for the draws of a Gaussian.
+
+    Where tau was sampled, ``log_prior`` holds log p(weights | tau) of each draw's own tau and, with ``tau_prior``,
+    log p(tau); ``prior`` and ``prior_predictive`` need ``tau_prior``.
 
     Args:
         posterior: a Laplace (refined or not; sampled here, C = 1), a Nuts or Draws.
@@ -62,41 +78,50 @@ def to_inference_data(
         train: the features and labels that the posterior was fitted to, for the log joint of a Gaussian's draws.
         classes: K names, the coordinate ``label``.
         obs_ids: N names, the coordinate ``obs_id``.
-        num_samples: draws of a Gaussian.
-        seed: of these, of the prior's and of the simulated labels.
-        prior_precision: tau of draws that do not carry it (NUTS), for ``log_prior`` and ``prior``.
+        num_samples: draws of a Gaussian, and of the prior.
+        seed: of a Gaussian's draws; the prior's and the simulated labels take seeds derived from it.
+        prior_precision: tau of draws that do not carry it (NUTS at a fixed tau), for ``log_prior`` and ``prior``.
+        tau_prior: (shape, rate) of tau's Gamma prior, or "gamma" for that of ``sample_nuts``, where tau was sampled.
         log_likelihood: of the images of ``features``, or of those of ``train`` (dims chain, draw, train_id), float32.
 
     Raises:
-        ValueError: labels without features, lengths that do not fit, or no ``train`` where it is asked for.
+        TypeError, ValueError: an argument of a type, shape or value that cannot be meant; ``train`` of other images
+            than those the posterior was fitted to; or no ``train`` where it is asked for. The message names it.
     """
+    check_posterior(posterior)
+    num_samples = whole_number("num_samples", num_samples, 1)
+    seed = whole_number("seed", seed, 0, below=1 << 63)
+    prior, seeds = check_prior(posterior, prior_precision, tau_prior), spawned(seed)
     draws = _draws(posterior, num_samples, seed)
-    names = _names(draws, features, labels, classes, obs_ids)
+    phi, truth = check_pair(draws, features, labels)
+    fitted_to = check_train(posterior, draws, train, prior)
+    names: Any = check_names(draws, None if phi is None else len(phi), classes, obs_ids)
     groups = {"posterior": _weights(draws, names)}
-    tau = posterior.prior_precision if isinstance(posterior, Laplace) else prior_precision
     if isinstance(posterior, Nuts):
         groups["sample_stats"] = _nuts_stats(posterior)
         if posterior.tau is not None:
             groups["posterior"]["tau"] = (("chain", "draw"), _array(posterior.tau))
     if isinstance(posterior, Laplace):
         groups["fit"] = _fit(posterior, names)
-        if train is not None:
-            groups["sample_stats"] = _laplace_stats(posterior, draws, train)
-    if tau is not None:
-        groups["log_prior"] = xr.Dataset({"theta": (("chain", "draw"), _array(log_prior(draws.theta().double(), tau)))})
-        groups["prior"] = _weights(_prior_draws(draws, tau, num_samples, seed), names)
-    if features is not None:
-        groups |= _predictive_groups(draws, features, names, seed)
+        if fitted_to is not None:
+            groups["sample_stats"] = _laplace_stats(posterior, draws, fitted_to)
+    groups |= _log_prior(posterior, draws, prior)
+    if phi is not None:
+        groups |= _predictive_groups(draws, phi, names)
+        groups["posterior_predictive"] = _simulated(draws, phi, names, seeds["posterior_predictive"])
+        if truth is not None:
+            observed = xr.Dataset({"y": (("obs_id",), _array(truth))}, coords={"obs_id": names["obs_id"]})
+            groups["observed_data"] = observed
+    if prior.known:
+        own, tau = prior.draw(num_samples, draws.num_classes, draws.num_features, seeds["prior"])
+        groups["prior"] = _weights(own, names)
         if tau is not None:
-            prior = _prior_draws(draws, tau, num_samples, seed)
-            groups["prior_predictive"] = _simulated(prior, features, names, seed)
-        if labels is not None:
-            groups["observed_data"] = xr.Dataset(
-                {"y": (("obs_id",), _array(labels))}, coords={"obs_id": names["obs_id"]}
-            )
-    groups |= _likelihoods(draws, features, labels, train, names, log_likelihood)
-    attrs = _attributes(posterior, seed)
-    return make_idata({name: dataset.assign_attrs(attrs) for name, dataset in groups.items()})
+            groups["prior"]["tau"] = (("chain", "draw"), _array(tau))
+        if phi is not None:
+            groups["prior_predictive"] = _simulated(own, phi.cpu(), names, seeds["prior_predictive"])
+    groups |= _likelihoods(draws, phi, truth, fitted_to, names, log_likelihood)
+    attrs = _attributes(posterior, seed, prior, fitted_to)
+    return make_idata({name: _numbered(dataset).assign_attrs(attrs) for name, dataset in groups.items()})
 
 
 def save(idata: Any, path: Path) -> Path:
@@ -120,65 +145,21 @@ def save_dataset(dataset: xr.Dataset, path: Path) -> Path:
     return Path(path)
 
 
-def log_density(laplace: Laplace, theta: Tensor) -> Tensor:
-    """log q(theta) of a Gaussian posterior, constants included: theta (S, K, D+1) -> (S,).
-
-    log q = -|z|^2 / 2 - P/2 log 2 pi + 1/2 log det Sigma^-1, with z = Sigma^-1/2 (theta - mean).
-    """
-    delta = theta - laplace.theta_mean
-    square = _mahalanobis(laplace.covariance, delta)
-    size = delta.shape[1] * delta.shape[2]
-    return -0.5 * square - 0.5 * size * math.log(2 * math.pi) + 0.5 * laplace.covariance.log_det_precision()
-
-
-def _mahalanobis(covariance: Covariance, delta: Tensor) -> Tensor:
-    """(theta - mean)^T Sigma^-1 (theta - mean) of each (S, K, D+1) -> (S,)."""
-    if isinstance(covariance, DiagCovariance):
-        return (delta.square() * covariance.precision).flatten(1).sum(1)
-    shift = delta.sum(1).square().sum(1) * covariance.prior_precision / covariance.num_classes
-    if isinstance(covariance, FullCovariance):
-        contrasts = torch.einsum("kj,ske->sje", covariance.basis, delta).flatten(1)
-        return (contrasts @ covariance.precision_cholesky).square().sum(1) + shift
-    rotated = torch.einsum("kj,ske,ef->sjf", covariance.class_vectors, delta, covariance.feature_vectors)
-    return (rotated.square() * covariance.eigenvalues).flatten(1).sum(1) + shift
-
-
 def _draws(posterior: Laplace | Nuts | Draws, num_samples: int, seed: int) -> Draws:
     if isinstance(posterior, Laplace):
         return posterior.sample(num_samples, seed=seed)
     return posterior.draws if isinstance(posterior, Nuts) else posterior
 
 
-def _names(
-    draws: Draws,
-    features: Tensor | None,
-    labels: Tensor | None,
-    classes: Sequence[str] | None,
-    obs_ids: Sequence[str] | None,
-) -> dict[str, np.ndarray]:
-    k, d = draws.num_classes, draws.num_features
-    if labels is not None and features is None:
-        raise ValueError("labels without features: give the features of the same images")
-    if features is not None and features.shape[1] != d:
-        raise ValueError(f"features must be (N, {d}), got {tuple(features.shape)}")
-    n = 0 if features is None else len(features)
-    if labels is not None and len(labels) != n:
-        raise ValueError(f"labels has {len(labels)} entries for {n} images")
-    names = {
-        "label": np.array(classes if classes is not None else [str(i) for i in range(k)], dtype=object),
-        "feature": np.arange(d),
-        "obs_id": np.array(obs_ids if obs_ids is not None else [str(i) for i in range(n)], dtype=object),
-    }
-    for name, size in (("label", k), ("obs_id", n)):
-        if len(names[name]) != size:
-            raise ValueError(f"{'classes' if name == 'label' else 'obs_ids'} has {len(names[name])} names for {size}")
-        if len(set(names[name])) != size:
-            raise ValueError(f"{'classes' if name == 'label' else 'obs_ids'} has a name twice; names must differ")
-    return names
-
-
 def _array(values: Tensor) -> np.ndarray:
     return values.detach().cpu().numpy()
+
+
+def _numbered(dataset: xr.Dataset) -> xr.Dataset:
+    """The same with coordinates 0, 1, ... along chain and draw."""
+    return dataset.assign_coords(
+        {dim: np.arange(dataset.sizes[dim]) for dim in ("chain", "draw") if dim in dataset.sizes}
+    )
 
 
 def _weights(draws: Draws, names: dict[str, np.ndarray]) -> xr.Dataset:
@@ -190,12 +171,7 @@ def _weights(draws: Draws, names: dict[str, np.ndarray]) -> xr.Dataset:
             "weight_centred": (dims, _array(centred.weight)),
             "bias_centred": (dims[:3], _array(centred.bias)),
         },
-        coords={
-            "chain": np.arange(draws.num_chains),
-            "draw": np.arange(draws.num_samples),
-            "label": names["label"],
-            "feature": names["feature"],
-        },
+        coords={"label": names["label"], "feature": names["feature"]},
     )
 
 
@@ -206,18 +182,30 @@ def _nuts_stats(nuts: Nuts) -> xr.Dataset:
     return stats
 
 
-def _laplace_stats(laplace: Laplace, draws: Draws, train: tuple[Tensor, Tensor]) -> xr.Dataset:
-    images = check_images(train[0], train[1], num_classes=laplace.num_classes, class_weights=laplace.class_weights)
+def _laplace_stats(laplace: Laplace, draws: Draws, images: TrainingImages) -> xr.Dataset:
     weight, bias = draws.flat()
     theta = torch.cat([weight, bias[..., None]], dim=-1).double()
-    parts = theta.split(_THETA_BATCH)
-    lp = -torch.cat([negative_log_joint(part, images, laplace.prior_precision)[0] for part in parts])
-    return xr.Dataset(
-        {
-            "lp": (("chain", "draw"), _array(lp)[None]),
-            "lp_approx": (("chain", "draw"), _array(log_density(laplace, theta))[None]),
-        }
-    )
+    parts = theta.to(images.device).split(_THETA_BATCH)
+    lp = -torch.cat([negative_log_joint(part, images, laplace.prior_precision)[0] for part in parts]).to(theta)
+    found = {"lp": lp, "lp_approx": log_density(laplace, theta), "log_weight": log_weight(laplace, theta, lp)}
+    return xr.Dataset({name: (("chain", "draw"), _array(values)[None]) for name, values in found.items()})
+
+
+def _log_prior(posterior: Laplace | Nuts | Draws, draws: Draws, prior: Prior) -> dict[str, xr.Dataset]:
+    """log p(theta | tau) of each draw, and log p(tau) where tau was sampled from a prior that is known."""
+    dims, theta = ("chain", "draw"), draws.theta().double()
+    if prior.precision is not None:
+        return {"log_prior": xr.Dataset({"theta": (dims, _array(log_prior(theta, prior.precision)))})}
+    if not isinstance(posterior, Nuts) or posterior.tau is None:
+        return {}
+    tau = posterior.tau.double().to(theta)
+    unit = log_prior(theta * tau.sqrt()[..., None], 1.0) + 0.5 * theta.shape[-1] * tau.log()
+    found = xr.Dataset({"theta": (dims, _array(unit))})
+    if prior.gamma is not None:
+        shape, rate = prior.gamma
+        constant = shape * math.log(rate) - math.lgamma(shape)
+        found["tau"] = (dims, _array(constant + (shape - 1) * tau.log() - rate * tau))
+    return {"log_prior": found}
 
 
 def _fit(laplace: Laplace, names: dict[str, np.ndarray]) -> xr.Dataset:
@@ -252,28 +240,16 @@ def _dense(covariance: Covariance) -> Tensor:
     return dense[order][:, order]
 
 
-def _prior_draws(draws: Draws, tau: float, num_samples: int, seed: int) -> Draws:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (1, num_samples, draws.num_classes, draws.num_features + 1)
-    theta = torch.randn(shape, generator=generator, dtype=torch.float64) / tau**0.5
-    return Draws(theta[..., :-1], theta[..., -1])
-
-
-def _logits(draws: Draws, features: Tensor) -> list[tuple[slice, Tensor]]:
-    """Logits (C, S, n, K) in float64, some images at a time."""
-    size = draws.num_chains * draws.num_samples * draws.num_classes
-    rows = max(1, _ELEMENTS // size)
-    phi = features.to(draws.weight.device, torch.float64)
+def _logits(draws: Draws, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Logits (C, S, n, K) in float64, a few images at a time: at most ``_ELEMENTS`` numbers are held at once."""
+    rows = max(1, _ELEMENTS // (draws.num_chains * draws.num_samples * draws.num_classes))
     weight, bias = draws.weight.double(), draws.bias.double()
-    return [
-        (slice(start, start + rows), phi[start : start + rows] @ weight.mT + bias[:, :, None])
-        for start in range(0, len(phi), rows)
-    ]
+    for start in range(0, len(features), rows):
+        span = slice(start, start + rows)
+        yield span, features[span].to(weight) @ weight.mT + bias[:, :, None]
 
 
-def _predictive_groups(
-    draws: Draws, features: Tensor, names: dict[str, np.ndarray], seed: int
-) -> dict[str, xr.Dataset]:
+def _predictive_groups(draws: Draws, features: Tensor, names: dict[str, np.ndarray]) -> dict[str, xr.Dataset]:
     c, s, k, n = draws.num_chains, draws.num_samples, draws.num_classes, len(features)
     dims = ("chain", "draw", "obs_id", "label")
     coords = {"obs_id": names["obs_id"], "label": names["label"]}
@@ -293,11 +269,7 @@ def _predictive_groups(
         {"features": (("obs_id", "feature"), _array(features))},
         coords={"obs_id": names["obs_id"], "feature": names["feature"]},
     )
-    return {
-        "predictions": predictions,
-        "constant_data": constant,
-        "posterior_predictive": _simulated(draws, features, names, seed),
-    }
+    return {"predictions": predictions, "constant_data": constant}
 
 
 def _simulated(draws: Draws, features: Tensor, names: dict[str, np.ndarray], seed: int) -> xr.Dataset:
@@ -314,7 +286,7 @@ def _likelihoods(
     draws: Draws,
     features: Tensor | None,
     labels: Tensor | None,
-    train: tuple[Tensor, Tensor] | None,
+    train: TrainingImages | None,
     names: dict[str, np.ndarray],
     images: str,
 ) -> dict[str, xr.Dataset]:
@@ -324,8 +296,8 @@ def _likelihoods(
     if images == "train":
         if train is None:
             raise ValueError("log_likelihood='train' needs train=(features, labels) of the images fitted to")
-        ids = np.array([str(i) for i in range(len(train[0]))], dtype=object)
-        return {"log_likelihood": _log_likelihood(draws, *train, ids, images)}
+        ids = np.array([str(i) for i in range(len(train.labels))], dtype=object)
+        return {"log_likelihood": _log_likelihood(draws, torch.as_tensor(train.features), train.labels, ids, images)}
     if features is None or labels is None:
         return {}
     return {"log_likelihood": _log_likelihood(draws, features, labels, names["obs_id"], images)}
@@ -334,15 +306,17 @@ def _likelihoods(
 def _log_likelihood(draws: Draws, features: Tensor, labels: Tensor, ids: np.ndarray, images: str) -> xr.Dataset:
     """log p(y_n | theta_s), float32."""
     values = np.empty((draws.num_chains, draws.num_samples, len(features)), dtype=np.float32)
-    target = torch.as_tensor(labels).to(draws.weight.device, torch.long)
-    for rows, logits in _logits(draws, torch.as_tensor(features)):
+    target = labels.to(draws.weight.device)
+    for rows, logits in _logits(draws, features):
         index = target[rows].expand(*logits.shape[:2], -1)[..., None]
         values[:, :, rows] = _array(logits.log_softmax(-1).gather(-1, index)[..., 0])
     name = "train_id" if images == "train" else "obs_id"
     return xr.Dataset({"y": (("chain", "draw", name), values)}, coords={name: ids}, attrs={"images": images})
 
 
-def _attributes(posterior: Laplace | Nuts | Draws, seed: int) -> dict[str, str | int | float]:
+def _attributes(
+    posterior: Laplace | Nuts | Draws, seed: int, prior: Prior, train: TrainingImages | None
+) -> dict[str, str | int | float]:
     """What NetCDF can hold: texts and numbers."""
     attrs: dict[str, str | int | float] = {
         "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -352,22 +326,41 @@ def _attributes(posterior: Laplace | Nuts | Draws, seed: int) -> dict[str, str |
         "inference_library_version": __version__,
         "seed": seed,
     }
+    if prior.precision is not None:
+        attrs["prior_precision"] = prior.precision
+    if prior.gamma is not None:
+        attrs["tau_prior"] = json.dumps(prior.gamma)
+    if train is not None:
+        attrs["num_train"] = len(train.labels)
     if isinstance(posterior, Laplace):
+        return attrs | _laplace_attributes(posterior)
+    if isinstance(posterior, Nuts):
+        settings = posterior.settings
         attrs |= {
-            "inference_method": "refined Gaussian" if posterior.refined else f"Laplace, {posterior.structure}",
-            "prior_precision": posterior.prior_precision,
-            "log_evidence": posterior.log_evidence,
-            "gradient_norm": posterior.gradient_norm,
-            "num_train": posterior.num_train,
-            "class_weighted": int(posterior.class_weights is not None),
-            "notes": json.dumps(list(posterior.notes)),
-        }
-    elif isinstance(posterior, Nuts):
-        attrs |= {
-            "inference_method": posterior.settings.kernel,
-            "max_tree_depth": posterior.settings.max_tree_depth,
+            "inference_method": settings.kernel,
+            "sampling_seed": settings.seed,
+            "tuning_steps": settings.num_warmup,
+            "target_accept": settings.target_accept,
+            "max_tree_depth": settings.max_tree_depth,
             "class_weighted": int(posterior.class_weights is not None),
             "sampling_time": float(posterior.seconds.sum()),
             "num_divergent": posterior.num_divergent,
         }
     return attrs
+
+
+def _laplace_attributes(laplace: Laplace) -> dict[str, str | int | float]:
+    """``log_evidence`` and ``gradient_norm`` are of the mode; a refined Gaussian has an ``elbo`` and E_q[grad U]."""
+    attrs: dict[str, str | int | float] = {
+        "inference_method": f"{'refined Gaussian' if laplace.refined else 'Laplace'}, {laplace.structure}",
+        "structure": laplace.structure,
+        "newton_decrement": laplace.newton_decrement,
+        "num_train": laplace.num_train,
+        "class_weighted": int(laplace.class_weights is not None),
+        "notes": json.dumps(list(laplace.notes)),
+    }
+    if not laplace.refined:
+        return attrs | {"log_evidence": laplace.log_evidence, "gradient_norm": laplace.gradient_norm}
+    if laplace.elbo is not None:
+        attrs["elbo"] = laplace.elbo
+    return attrs | {"laplace_log_evidence": laplace.log_evidence, "mean_gradient_norm": laplace.gradient_norm}
