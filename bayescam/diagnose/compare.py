@@ -13,11 +13,12 @@ from torch import Tensor
 
 from bayescam.diagnose.convergence import Convergence, convergence, probability_convergence
 from bayescam.diagnose.importance import importance
+from bayescam.diagnose.inference_inputs import whole_number
 from bayescam.diagnose.intervals import Interval, interval, resampled_mean, resampled_metrics
 from bayescam.diagnose.weight_agreement import halves, weight_agreement
 from bayescam.notebook import html_table
 from bayescam.posterior.draws import Draws
-from bayescam.posterior.images import check_images
+from bayescam.posterior.images import TrainingImages, check_images, check_rows
 from bayescam.posterior.laplace import Laplace
 from bayescam.posterior.nuts import Nuts
 
@@ -47,7 +48,8 @@ class Comparison:
             "nuts_half" is NUTS half against half, the noise floor.
         weights: for "laplace" and "refined": ``WeightAgreement.summary`` and the ten worst weights.
         cams: the same for mean and sd of the centred CAMs; empty without maps.
-        importance: k-hat over batches and a KL estimate; empty without training images. Information, never the gate.
+        importance: k-hat over batches and KL (``diagnose.importance.Importance``); empty without training images.
+            Information, never the gate.
         thresholds: what "close enough" and "converged" meant.
     """
 
@@ -120,9 +122,14 @@ def compare_posteriors(
         seed: of those draws.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        TypeError: a posterior of another kind than its place asks for, or arrays of a type that cannot be meant.
+        ValueError: shapes that do not belong together, or numbers that cannot be meant.
     """
+    _check_kinds(laplace, nuts, refined)
+    num_samples = whole_number("num_samples", num_samples, 1)
+    seed = whole_number("seed", seed, 0, below=1 << 63)
     phi, truth = _check(laplace, nuts, features, labels)
+    images = None if training is None else _training(laplace, training)
     groups = np.arange(len(phi)) if patients is None else np.asarray(patients)
     if groups.shape != (len(phi),):
         raise ValueError(f"patients must name one for each of the {len(phi)} images, got {groups.shape}")
@@ -144,7 +151,7 @@ def compare_posteriors(
         predictive,
         weights,
         {} if maps is None else {name: _cams(maps, one, nuts.draws) for name, one in gaussians.items()},
-        {} if training is None else _importance(gaussians, training, seed),
+        {} if images is None else {name: asdict(one) for name, one in importance(gaussians, images, seed=seed).items()},
         {
             "total_variation": _allowed(predictive),
             "nll_difference": MAX_NLL_DIFFERENCE,
@@ -284,14 +291,33 @@ def _cams(maps: Tensor, gaussian: Laplace, draws: Draws) -> dict[str, float]:
     }
 
 
-def _importance(gaussians: Mapping[str, Laplace], training: tuple[Any, Any], seed: int) -> dict[str, dict[str, Any]]:
-    out = {}
-    for name, gaussian in gaussians.items():
-        if gaussian.structure == "diag":
-            continue
-        images = check_images(*training, num_classes=gaussian.num_classes, class_weights=gaussian.class_weights)
-        out[name] = asdict(importance(gaussian, images, seed=seed))
-    return out
+def _training(laplace: Laplace, training: tuple[Any, Any]) -> TrainingImages:
+    """The images that ``laplace`` was fitted to."""
+    if not isinstance(training, tuple | list) or len(training) != 2:
+        raise TypeError(f"training must be (features, labels), got {type(training).__name__}")
+    try:
+        images = check_images(*training, num_classes=laplace.num_classes, class_weights=laplace.class_weights)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"training: {error}") from error
+    if images.num_features != laplace.num_features or len(images.labels) != laplace.num_train:
+        raise ValueError(
+            f"training has features {tuple(images.features.shape)}, and laplace was fitted to "
+            f"{(laplace.num_train, laplace.num_features)}; give those"
+        )
+    return images
+
+
+def _check_kinds(laplace: Laplace, nuts: Nuts, refined: Laplace | None) -> None:
+    for name, given, kind in (("laplace", laplace, Laplace), ("nuts", nuts, Nuts), ("refined", refined, Laplace)):
+        if not isinstance(given, kind) and not (name == "refined" and given is None):
+            raise TypeError(
+                f"{name} must be a {kind.__name__}, got {type(given).__name__}; the order is laplace, nuts, features"
+            )
+    if refined is not None and refined.theta_mean.shape != laplace.theta_mean.shape:
+        raise ValueError(
+            f"refined has weights {tuple(refined.weight_mean.shape)} and laplace {tuple(laplace.weight_mean.shape)}; "
+            "compare posteriors of one model"
+        )
 
 
 def _check(
@@ -300,9 +326,13 @@ def _check(
     shape, drawn = (laplace.num_classes, laplace.num_features), tuple(nuts.draws.weight.shape[2:])
     if drawn != shape:
         raise ValueError(f"nuts has weights {drawn} and laplace {shape}; compare posteriors of one model")
-    phi = torch.as_tensor(features).to(laplace.weight_mean)
-    if phi.dim() != 2 or phi.shape[1] != shape[1] or len(phi) == 0:
-        raise ValueError(f"features must be (N, {shape[1]}) with N >= 1, got {tuple(phi.shape)}")
+    finite = nuts.draws.weight.isfinite().all(-1).all(-1) & nuts.draws.bias.isfinite().all(-1)
+    if not bool(finite.all()):
+        chain, draw = (~finite).nonzero()[0].tolist()
+        raise ValueError(f"nuts holds NaN or infinity in draw {draw} of chain {chain}; sample again")
+    phi = check_rows(features, shape[1], laplace.weight_mean)
+    if len(phi) == 0:
+        raise ValueError("features holds no image (N = 0); give at least one")
     if labels is None:
         return phi, None
     truth = check_images(phi, labels, num_classes=shape[0]).labels

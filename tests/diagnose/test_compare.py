@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from bayescam.diagnose.compare import compare_posteriors, predictive_moments, total_variation
-from bayescam.diagnose.importance import importance, log_ratios
+from bayescam.diagnose.importance import log_ratios
 from bayescam.diagnose.weight_agreement import centred_moments, halves, weight_agreement
 from bayescam.posterior.draws import Draws
 from bayescam.posterior.images import check_images
@@ -233,17 +233,13 @@ def _covariance(laplace):
     return torch.cat([torch.cat(row, 1) for row in rows])
 
 
-def test_importance_of_a_nearly_gaussian_posterior():
-    laplace = fitted()
-    images = check_images(*data(), num_classes=K)
-    found = importance(laplace, images, num_batches=4, num_draws=100)
-    assert len(found.khat) == 4
-    assert found.kl == pytest.approx(0.5 * found.sd**2)
-    ratios = log_ratios(laplace, images, 400, seed=0)
-    log_mean = np.log(np.mean(np.exp(ratios - ratios.max()))) + ratios.max()
-    assert log_mean == pytest.approx(laplace.log_evidence, abs=0.5)
-    with pytest.raises(ValueError, match="'diag'"):
-        importance(fitted(structure="diag"), images)
+def test_every_structure_has_khat_and_kl():
+    laplace, diag = fitted(), fitted(structure="diag")
+    found = compare_posteriors(diag, as_nuts(laplace), *evaluation(), refined=laplace, training=data()).importance
+    assert set(found) == {"laplace", "refined"}
+    assert found["refined"]["evidence_from"] == found["laplace"]["evidence_from"] == "refined"
+    assert found["refined"]["log_evidence"] == pytest.approx(laplace.log_evidence, abs=0.5)
+    assert 0 <= found["refined"]["kl"] < found["laplace"]["kl"]
 
 
 def test_wrong_shapes_are_named():
@@ -256,6 +252,40 @@ def test_wrong_shapes_are_named():
     two = fit_laplace(data()[0][:, :2], data()[1], num_classes=K, prior_precision=1.0)
     with pytest.raises(ValueError, match="compare posteriors of one model"):
         compare_posteriors(two, nuts, data()[0][:, :2])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda laplace, nuts: (nuts, laplace), TypeError, "laplace must be a Laplace, got Nuts"),
+        (lambda laplace, nuts: (laplace, laplace), TypeError, "nuts must be a Nuts, got Laplace"),
+        (lambda laplace, nuts: (laplace, nuts, {"refined": nuts}), TypeError, "refined must be a Laplace, got Nuts"),
+        (lambda laplace, nuts: (laplace, nuts, {"num_samples": 0}), ValueError, "num_samples is 0"),
+        (lambda laplace, nuts: (laplace, nuts, {"seed": 0.5}), TypeError, "seed must be a whole number"),
+        (lambda laplace, nuts: (laplace, nuts, {"training": data()[0]}), TypeError, "training must be"),
+        (lambda laplace, nuts: (laplace, nuts, {"training": evaluation()}), ValueError, "training has features"),
+        (lambda laplace, nuts: (laplace, nuts, {"training": (data()[0], [9] * N)}), ValueError, "training: labels"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(change, error, words):
+    laplace = fitted()
+    first, second, *options = change(laplace, as_nuts(laplace, samples=8))
+    with pytest.raises(error, match=words):
+        compare_posteriors(first, second, *evaluation(), **(options[0] if options else {}))
+
+
+def test_features_that_are_no_numbers_are_refused():
+    laplace = fitted()
+    with pytest.raises(ValueError, match=r"features\[0, 0\] is nan"):
+        compare_posteriors(laplace, as_nuts(laplace, samples=8), data()[0] * float("nan"))
+
+
+def test_draws_that_are_not_finite_are_refused():
+    laplace = fitted()
+    nuts = as_nuts(laplace, samples=20)
+    nuts.draws.weight[1, 3, 0, 2] = float("nan")
+    with pytest.raises(ValueError, match="nuts holds NaN or infinity in draw 3 of chain 1"):
+        compare_posteriors(laplace, nuts, *evaluation())
 
 
 def test_cams_are_compared_in_units_of_their_sd():
