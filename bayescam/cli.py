@@ -232,10 +232,16 @@ def _explain(parsed: argparse.Namespace) -> int:
 
 def _add_diagnose(commands: Any) -> None:
     parser = commands.add_parser(
-        "diagnose", help="convergence of a run's NUTS and quality of its Laplace, pass or fail"
+        "diagnose",
+        help="convergence of a run's NUTS and quality of its Gaussians, pass or fail",
+        description="Check the posteriors of a run, each number against its threshold, and say whether NUTS and the "
+        "posterior that the verdict recommends pass. Exits 0 whatever it finds, unless --strict.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--strict", action="store_true", help="exit 1 where NUTS or the recommended posterior fails a check"
+    )
     parser.set_defaults(handler=_diagnose)
 
 
@@ -249,6 +255,8 @@ def _diagnose(parsed: argparse.Namespace) -> int:
         sealed(parsed.run)
     diagnosis = diagnose_run(parsed.run)
     print(json.dumps(diagnosis.to_dict(), indent=1) if parsed.json else diagnosis.text())
+    if parsed.strict and not diagnosis.sound:
+        raise BayescamError(f"{parsed.run}: not sound (--strict). {diagnosis.summary()}")
     return DONE
 
 

@@ -1,79 +1,82 @@
-"""``bayescam diagnose RUN``: did NUTS converge, is Laplace sound; each line a pass or a fail with its threshold."""
+"""``bayescam diagnose RUN``: did NUTS converge, is each Gaussian sound, and may the recommended posterior be used."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-import numpy as np
+import torch
 
-from bayescam.diagnose.compare import MAX_NLL_DIFFERENCE, json_safe
-from bayescam.diagnose.convergence import Convergence, convergence, energy_fraction
-from bayescam.errors import BayescamError, FileFormatError
+from bayescam.diagnose.compare import MAX_NLL_DIFFERENCE, MAX_TOTAL_VARIATION, Verdict, json_safe
+from bayescam.diagnose.importance import good_khat
+from bayescam.diagnose.nuts_checks import nuts_checks
+from bayescam.diagnose.run_checks import Check, FoundComparison
+from bayescam.errors import BayescamError
 from bayescam.notebook import html_table
 from bayescam.posterior.covariance import Covariance, FullCovariance, KronCovariance
 from bayescam.posterior.laplace import Laplace, load_laplace
-from bayescam.storage import load_netcdf, read_json
+from bayescam.posterior.refine import TOLERANCES
 
-MAX_RHAT = 1.05
-MIN_ESS = 100.0
-MIN_ENERGY_FRACTION = 0.3
 MAX_NEWTON_DECREMENT = 1e-3
-MAX_KHAT = 0.7
+MAX_PRIOR_SHARE = 0.95
 MAX_KL = 0.045
-_IMAGES = 128
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line: a number, what it must be, whether it is.
-
-    Args:
-        subject: "nuts", "laplace", "refined" or "comparison".
-        name: what is measured.
-        value: the number.
-        rule: the threshold in words.
-        passed: None where the number is information only.
-        decides: whether a failure here fails the whole; k-hat and KL look at all weights at once, and condemn most
-            Gaussians that predict well.
-    """
-
-    subject: str
-    name: str
-    value: float
-    rule: str
-    passed: bool | None
-    decides: bool = True
-
-    @property
-    def word(self) -> str:
-        """ "pass", "FAIL", "note" (beyond its threshold, but decides nothing) or "info" (no threshold)."""
-        if self.passed is None:
-            return "info"
-        return "pass" if self.passed else "FAIL" if self.decides else "note"
+RECOMMENDED = {"laplace": "laplace", "refine": "refined", "nuts": "nuts"}
+_SPOKEN = {
+    "nuts": "NUTS",
+    "nuts_hierarchical": "NUTS with tau sampled",
+    "laplace": "Laplace",
+    "refined": "the refined Gaussian",
+}
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All checks of a run."""
+    """All checks of a run.
+
+    Args:
+        run: the folder.
+        checks: one line each.
+        verdict: of ``comparison.json``; None without it.
+    """
 
     run: str
     checks: tuple[Check, ...]
+    verdict: Verdict | None
 
     @property
     def passed(self) -> bool:
-        return not self.failed
+        """Whether every check that decides was made, and holds."""
+        return not self._open(self.checks)
 
     @property
     def failed(self) -> tuple[Check, ...]:
         """The checks that fail and decide."""
         return tuple(check for check in self.checks if check.word == "FAIL")
 
+    @property
+    def recommended(self) -> str | None:
+        """The posterior that the verdict names: "laplace", "refined" or "nuts"; None where it names none."""
+        return RECOMMENDED.get(self.verdict or "")
+
+    @property
+    def sound(self) -> bool:
+        """Whether NUTS and the recommended posterior pass every check of theirs that decides."""
+        return self.recommended is not None and not self._open(self._of("nuts") + self._of(self.recommended))
+
+    def _of(self, subject: str) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if check.subject == subject)
+
+    @staticmethod
+    def _open(checks: tuple[Check, ...]) -> list[Check]:
+        """Those that decide and do not pass: failed, or not made."""
+        return [check for check in checks if check.decides and (check.passed is False or not check.made)]
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON; a number that is not finite is None."""
-        return json_safe({"run": self.run, "passed": self.passed, "checks": [asdict(check) for check in self.checks]})
+        facts = {"run": self.run, "passed": self.passed, "verdict": self.verdict, "recommended": self.recommended}
+        checks = [asdict(check) | {"word": check.word} for check in self.checks]
+        return json_safe(facts | {"sound": self.sound, "summary": self.summary(), "checks": checks})
 
     def text(self) -> str:
         """In the manner of CmdStan's diagnose."""
@@ -81,162 +84,194 @@ class Diagnosis:
         lines = []
         for subject in dict.fromkeys(check.subject for check in self.checks):
             lines.append(f"{subject}:")
-            for check in self.checks:
-                if check.subject == subject:
-                    lines.append(f"  {check.word}  {check.name:<{width}}  {check.value:<10.4g}  {check.rule}")
-        if any(check.word == "note" for check in self.checks):
-            lines.append("note: beyond its threshold, but decides nothing: all weights at once, not the predictions")
-        lines.append(self._result())
-        return "\n".join(lines)
+            lines += [
+                f"  {check.word}  {check.name:<{width}}  {check.number:<10}  {check.words}"
+                for check in self._of(subject)
+            ]
+        said = {check.word for check in self.checks}
+        if "note" in said:
+            lines.append("note: beyond its threshold, but decides nothing: the verdict rests on the predictions")
+        if "skip" in said:
+            lines.append("skip: could not be checked")
+        return "\n".join([*lines, self.summary()])
 
-    def _result(self) -> str:
-        return f"{len(self.failed)} of {len(self.checks)} checks failed" if self.failed else "no problems found"
+    def summary(self) -> str:
+        """Which posterior the verdict recommends, whether its checks and those of NUTS pass, and what else does not."""
+        if self.verdict is None:
+            first = "no comparison.json, so no posterior is recommended."
+        elif self.recommended is None:
+            first = f"Verdict {self.verdict}: no posterior is recommended."
+        else:
+            first = f"Verdict {self.verdict}: use {_SPOKEN[self.recommended]}."
+        words = [first]
+        for subject in dict.fromkeys(["nuts", self.recommended or "nuts"]):
+            found = self._open(self._of(subject))
+            words.append(f"{_listed(subject, found)}." if found else f"{_SPOKEN[subject]} passes its checks.")
+        named = ("nuts", self.recommended)
+        others = [check for check in self._open(self.checks) if check.subject not in named]
+        if others:
+            subjects = dict.fromkeys(check.subject for check in others)
+            parts = [_listed(subject, [one for one in others if one.subject == subject]) for subject in subjects]
+            words.append(f"Not recommended: {'; '.join(parts)}." if self.recommended else f"{'; '.join(parts)}.")
+        if self.passed:
+            words.append("No problems found.")
+        return " ".join(word[0].upper() + word[1:] for word in words)
 
     def __repr__(self) -> str:
-        return f"Diagnosis({self.run!r}: {self._result()}{''.join(f'; {check.name}' for check in self.failed)})"
+        return f"Diagnosis({self.run!r}: {self.summary()})"
 
     def _repr_html_(self) -> str:
-        rows = [(check.subject, check.name, f"{check.value:.4g}", check.rule, check.word) for check in self.checks]
-        return html_table(f"Diagnosis: {self._result()}", rows, header=("of", "check", "value", "rule", ""))
+        rows = [(check.subject, check.name, check.number, check.words, check.word) for check in self.checks]
+        return html_table(f"Diagnosis: {self.summary()}", rows, header=("of", "check", "value", "rule", ""))
+
+
+def _listed(subject: str, checks: list[Check]) -> str:
+    failed, open_ = ([one.name for one in checks if one.made is made] for made in (True, False))
+    parts = [f"fails {'; '.join(failed)}"] if failed else []
+    parts += [f"was not checked for {'; '.join(open_)}"] if open_ else []
+    return f"{_SPOKEN.get(subject, subject)} {' and '.join(parts)}"
 
 
 def diagnose_run(folder: Path) -> Diagnosis:
     """Read the posteriors of a run folder and check them.
 
-    R-hat is rank-normalised and split, ESS bulk and tail (Vehtari et al. 2021); both over the class-centred weights,
-    the log joint and the predicted probabilities, which is what a reader looks at. E-BFMI: Betancourt (2016). A
-    Laplace fit is sound where its Newton decrement is small: the distance of the mean from the MAP in posterior sds.
+    R-hat is rank-normalised and split, ESS bulk and tail (Vehtari et al. 2021); both over the class-centred weights and
+    biases, the log joint, tau where it was sampled, and the predicted probabilities, which is what a reader looks at.
+    E-BFMI: Betancourt (2016). A Gaussian is sound where its mean is at its optimum (the MAP, or E_q[grad U] = 0),
+    measured in posterior sds, and its predictions are those of NUTS.
 
     Raises:
         BayescamError: the folder holds no posteriors.
+        FileFormatError: a file in it is not what it should be.
     """
     chains, gaussian = folder / "posterior/nuts.nc", folder / "posterior/laplace.safetensors"
     if not chains.is_file() or not gaussian.is_file():
         raise BayescamError(f"{folder}: holds no posteriors (posterior/nuts.nc); give the folder of a complete run")
-    checks = nuts_checks(chains)
-    checks += laplace_checks("laplace", load_laplace(gaussian))
-    refined = folder / "posterior/refined.safetensors"
-    if refined.is_file():
-        checks += laplace_checks("refined", load_laplace(refined))
-    if (folder / "comparison.json").is_file():
-        comparison = read_json(folder / "comparison.json")
-        checks += importance_checks(comparison, load_laplace(gaussian))
-        checks += comparison_checks(comparison)
-    subjects = [check.subject for check in checks]
-    return Diagnosis(str(folder), tuple(sorted(checks, key=lambda check: subjects.index(check.subject))))
-
-
-def nuts_checks(path: Path) -> list[Check]:
-    """The checks of a ``posterior/nuts.nc``."""
-    weights, probabilities, stats = _chains(path)
-    scalars = {"centred weights": convergence(weights), "log joint": convergence(stats["lp"])}
-    if probabilities is not None:
-        scalars["probabilities"] = convergence(probabilities[:, :, :_IMAGES])
+    comparison = FoundComparison.of(folder)
+    files = {"laplace": gaussian, "refined": folder / "posterior/refined.safetensors"}
+    names = [name for name, file in files.items() if file.is_file()]
     checks = []
-    for name, numbers in scalars.items():
-        checks += _convergence_checks(name, numbers)
-    fraction = min(energy_fraction(stats["energy"]))
-    divergent = int(stats["diverging"].sum())
-    deepest = int(stats["reached_max_treedepth"].sum())
-    checks.append(Check("nuts", "E-BFMI, worst chain", fraction, "at least 0.3", fraction >= MIN_ENERGY_FRACTION))
-    checks.append(Check("nuts", "divergent transitions", divergent, "none", divergent == 0))
-    checks.append(Check("nuts", "transitions at maximum tree depth", deepest, "none", deepest == 0))
-    return checks
-
-
-def _chains(path: Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, np.ndarray]]:
-    """Centred weights (C, S, K, D), predicted probabilities (C, S, N, K) if there are any, and statistics (C, S)."""
-    groups = {name: load_netcdf(path, name) for name in ("posterior", "sample_stats", "predictions")}
-
-    def array(group: str, name: str, dims: int) -> np.ndarray:
-        found = groups[group].get(name)
-        if found is None or found.ndim != dims or found.size == 0 or found.dtype.kind not in "fiub":
-            raise FileFormatError(f"{path}: holds no {name} of NUTS by chain and draw; give a complete run")
-        return found.values
-
-    stats = {name: array("sample_stats", name, 2) for name in ("lp", "energy", "diverging", "reached_max_treedepth")}
-    probabilities = array("predictions", "probs", 4) if "probs" in groups["predictions"] else None
-    return array("posterior", "weight_centred", 4), probabilities, stats
-
-
-def _convergence_checks(name: str, numbers: Convergence) -> list[Check]:
-    enough = f"at least {MIN_ESS:g}"
-    return [
-        Check("nuts", f"R-hat, {name}", numbers.rhat, f"below {MAX_RHAT}", numbers.rhat < MAX_RHAT),
-        Check("nuts", f"bulk ESS, {name}", numbers.ess_bulk, enough, numbers.ess_bulk >= MIN_ESS),
-        Check("nuts", f"tail ESS, {name}", numbers.ess_tail, enough, numbers.ess_tail >= MIN_ESS),
-    ]
+    if comparison is None:
+        checks.append(Check.skipped("comparison", "predictions against NUTS", "no comparison.json in this folder"))
+    elif "refined" not in names and ("refined" in comparison.gaussians or comparison.verdict == "refine"):
+        checks.append(Check.skipped("refined", "the posterior itself", "no posterior/refined.safetensors"))
+    for name in names:
+        checks += laplace_checks(cast(Any, name), load_laplace(files[name]))
+        if comparison is not None:
+            checks += importance_checks(comparison, name) + comparison_checks(comparison, name)
+    of_chains = nuts_checks(chains)
+    if (hierarchical := folder / "posterior/nuts_hierarchical.nc").is_file():
+        of_chains += nuts_checks(hierarchical, subject="nuts_hierarchical")
+    return Diagnosis(str(folder), (*of_chains, *checks), None if comparison is None else comparison.verdict)
 
 
 def laplace_checks(subject: Literal["laplace", "refined"], laplace: Laplace) -> list[Check]:
     """The checks of a Gaussian posterior."""
-    tau = laplace.prior_precision
-    pivot, share = smallest_pivot(laplace.covariance), float((laplace.covariance.diagonal().mean() * tau).sqrt())
-    definite = f"at least {tau:.4g}, the prior's precision"
+    pivots = precision_pivots(laplace.covariance)
+    rounding = pivots.numel() * torch.finfo(pivots.dtype).eps
+    ratio = float(pivots.min() / pivots.max())  # NaN where one of them is
+    share = float((laplace.covariance.diagonal().mean() * laplace.prior_precision).sqrt())
     checks = [
-        Check(subject, "smallest pivot of the precision", pivot, definite, pivot >= tau * (1 - 1e-6)),
-        Check(subject, "posterior sd / prior sd, root mean square", share, "near 1: the prior dominates", None),
+        Check.of(
+            subject,
+            "smallest / largest pivot of the precision",
+            ratio,
+            "above",
+            rounding,
+            f", the rounding of {pivots.numel()} numbers",
+        ),
+        Check.of(
+            subject,
+            "posterior sd / prior sd, root mean square",
+            share,
+            "below",
+            MAX_PRIOR_SHARE,
+            "; near 1 the prior decides, and tau with it",
+            decides=False,
+        ),
     ]
-    if not laplace.refined:
-        decrement = laplace.newton_decrement
-        rule = f"below {MAX_NEWTON_DECREMENT:g} posterior sds"
-        checks.append(Check(subject, "Newton decrement at the MAP", decrement, rule, decrement < MAX_NEWTON_DECREMENT))
-        checks.append(Check(subject, "gradient norm at the MAP", laplace.gradient_norm, "information", None))
-    return checks
+    return checks + (_refined_checks(subject, laplace) if laplace.refined else _mode_checks(subject, laplace))
 
 
-def smallest_pivot(covariance: Covariance) -> float:
-    """How definite the precision is: its smallest Cholesky pivot (full), eigenvalue (kron) or entry (diag).
+def _mode_checks(subject: str, laplace: Laplace) -> list[Check]:
+    decrement, sds = "Newton decrement at the MAP", " posterior sds"
+    limit = MAX_NEWTON_DECREMENT * float(_trace_of_precision(laplace.covariance)) ** 0.5
+    why = f", {MAX_NEWTON_DECREMENT:g} sqrt(trace of the precision); beyond it the mean is elsewhere"
+    return [
+        Check.of(subject, decrement, laplace.newton_decrement, "below", MAX_NEWTON_DECREMENT, sds),
+        Check.of(subject, "gradient norm at the MAP", laplace.gradient_norm, "below", limit, why),
+    ]
 
-    Each is at least tau, since the likelihood is log-concave: the precision is tau I and something without negative
-    eigenvalues.
+
+def _refined_checks(subject: str, laplace: Laplace) -> list[Check]:
+    if laplace.refinement is not None:
+        short = not laplace.refinement.converged
+    else:
+        short = any(note.startswith("refinement stopped") for note in laplace.notes)
+    distance, sds = "distance of the mean from E_q[gradient] = 0", " posterior sds"
+    stopped = "times refinement stopped short of its fixed point"
+    return [
+        Check.of(subject, distance, laplace.newton_decrement, "below", TOLERANCES[0], sds),
+        Check.of(subject, stopped, float(short), "at most", 0),
+    ]
+
+
+def precision_pivots(covariance: Covariance) -> torch.Tensor:
+    """How definite the precision is, read off its stored factor: Cholesky pivots (full), eigenvalues (kron), entries
+    (diag). In exact arithmetic each is at least tau; beyond rounding of the largest, the smallest says nothing.
     """
     if isinstance(covariance, FullCovariance):
-        return float(covariance.precision_cholesky.diagonal().min().square())
-    return float((covariance.eigenvalues if isinstance(covariance, KronCovariance) else covariance.precision).min())
+        return covariance.precision_cholesky.diagonal().square()
+    return covariance.eigenvalues if isinstance(covariance, KronCovariance) else covariance.precision
 
 
-def importance_checks(comparison: dict[str, Any], laplace: Laplace) -> list[Check]:
-    """k-hat and KL of each Gaussian, over all its weights at once; they decide nothing.
+def _trace_of_precision(covariance: Covariance) -> torch.Tensor:
+    """Over the contrasts; |gradient| <= decrement x sqrt(trace)."""
+    if isinstance(covariance, FullCovariance):
+        return covariance.precision_cholesky.square().sum()
+    return precision_pivots(covariance).sum()
+
+
+def importance_checks(comparison: FoundComparison, name: str) -> list[Check]:
+    """k-hat and KL of a Gaussian, over all its weights at once; they decide nothing.
 
     A KL of ``MAX_KL`` a parameter is that of a Gaussian whose every mean is off by 0.3 sd: 0.3^2 / 2.
     """
-    size = (laplace.num_classes - 1) * (laplace.num_features + 1)
-    checks = []
-    for name, found in comparison.get("importance", {}).items():
-        # JSON has no word for an infinite k-hat, which weights that rest on one draw have: it stands there as null.
-        khat, kl = (
-            float(np.median([math.inf if value is None else value for value in values]))
-            for values in (found["khat"], [found["kl"]])
-        )
-        draws = f"median over {len(found['khat'])} x {found['num_draws']} draws"
-        checks += [
-            Check(name, f"Pareto k-hat, {draws}", khat, f"below {MAX_KHAT}", khat < MAX_KHAT, decides=False),
-            Check(
-                name,
-                "KL to the posterior, nat a parameter",
-                kl / size,
-                f"at most {MAX_KL}",
-                kl / size <= MAX_KL,
-                decides=False,
-            ),
-        ]
-    return checks
+    found = comparison.importance(name)
+    if found is None:
+        why = "comparison.json holds none of it: compared without training images, or by an older bayescam"
+        return [Check.skipped(name, part, why, decides=False) for part in ("Pareto k-hat", "KL to the posterior")]
+    kl = found.kl / found.num_parameters
+    size = f"; {found.kl:.4g} nat in all, give or take {found.kl_error:.2g}"
+    if found.kl_is_lower_bound:
+        size += f", at least: the best weights at hand, of {found.evidence_from}, have no good k-hat"
+    khat = f"Pareto k-hat, median over {found.num_batches} x {found.num_draws} draws"
+    limit, why = good_khat(found.num_draws), ", min(1 - 1 / log10 S, 0.7)"
+    return [
+        Check.of(name, khat, found.khat, "at most", limit, why, decides=False),
+        Check.of(
+            name,
+            "KL to the posterior, nat a parameter",
+            kl,
+            "at most",
+            MAX_KL,
+            size,
+            decides=False,
+            only_a_bound=found.kl_is_lower_bound,
+        ),
+    ]
 
 
-def comparison_checks(comparison: dict[str, Any]) -> list[Check]:
-    """What ``comparison.json`` says of each Gaussian's predictions beside NUTS."""
-    floor = comparison["predictive"]["nuts_half"]["total_variation"]
-    limit = max(0.01, 2 * floor)
-    checks = []
-    for name in ("laplace", "refined"):
-        if name in comparison["predictive"]:
-            distance = comparison["predictive"][name]["total_variation"]
-            rule = f"at most {limit:.4f} (twice NUTS half against half, at least 0.01)"
-            checks.append(Check("comparison", f"total variation, {name} to NUTS", distance, rule, distance <= limit))
-            worse = comparison["predictive"][name].get("nll_difference")
-            if worse is not None:
-                close = abs(worse) <= MAX_NLL_DIFFERENCE
-                rule = f"within {MAX_NLL_DIFFERENCE} of 0"
-                checks.append(Check("comparison", f"NLL, {name} less NUTS", worse, rule, close))
-    return checks
+def comparison_checks(comparison: FoundComparison, name: str) -> list[Check]:
+    """What ``comparison.json`` says of a Gaussian's predictions beside those of NUTS."""
+    if name not in comparison.gaussians:
+        return [Check.skipped(name, "predictions against NUTS", "comparison.json says nothing of it")]
+    limit = max(MAX_TOTAL_VARIATION, 2 * comparison.predictive("nuts_half", "total_variation"))
+    distance = comparison.predictive(name, "total_variation")
+    why = f" (twice NUTS half against half, at least {MAX_TOTAL_VARIATION})"
+    checks = [Check.of(name, "total variation to NUTS", distance, "at most", limit, why)]
+    worse = "NLL less that of NUTS"
+    if not comparison.has_labels(name):
+        return [*checks, Check.skipped(name, worse, "compared without labels", decides=False)]
+    difference = comparison.predictive(name, "nll_difference")
+    return [*checks, Check.of(name, worse, difference, "within", MAX_NLL_DIFFERENCE, " of 0")]
