@@ -170,7 +170,7 @@ def arviz(state: RunState) -> None:
     """The posteriors as ArviZ files; ``posterior/laplace.nc``, ``posterior/refined.nc``, ``posterior/nuts.nc``."""
     from bayescam.diagnose.inference_data import save, to_inference_data
 
-    folder, part = state.folder, state.part("test")
+    folder, part, train = state.folder, state.part("test"), state.part("train")
     if folder.done("arviz"):
         return
     files = ["posterior/laplace.nc", "posterior/refined.nc", "posterior/nuts.nc"]
@@ -181,6 +181,7 @@ def arviz(state: RunState) -> None:
                 source,
                 part.features,
                 part.labels,
+                train=(train.features, train.labels),
                 classes=[printable(name) for name in state.dataset.classes],
                 obs_ids=[printable(name) for name in part.ids],
                 num_samples=state.config.posterior.num_samples,
