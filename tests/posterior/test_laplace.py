@@ -76,9 +76,11 @@ def test_full_posterior_is_laplace_torch_s():
     )
     with warnings.catch_warnings(action="ignore"):
         theirs.fit(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(phi, labels), batch_size=50))
-    variance = theirs.posterior_covariance.diagonal()
-    ours = torch.cat([fit.weight_sd.flatten(), fit.bias_sd]).square()
-    torch.testing.assert_close(ours, variance, rtol=1e-6, atol=0)
+    expected, guide = theirs.posterior_covariance, fit.guide
+    factor = guide.scale[:, None] * guide.scale_tril
+    sd = torch.cat([fit.weight_sd.flatten(), fit.bias_sd])
+    assert float(((factor @ factor.T - expected) / (sd[:, None] * sd)).abs().max()) < 1e-6
+    torch.testing.assert_close(sd.square(), expected.diagonal(), rtol=1e-6, atol=0)
 
 
 def test_evidence_is_the_integral_where_the_posterior_is_nearly_gaussian():
@@ -209,17 +211,22 @@ def test_arrays_memory_maps_and_strides_are_the_same_fit(tmp_path):
     mapped.flush()
     frozen = phi.numpy().copy()
     frozen.flags.writeable = False
+    records = np.zeros(N, dtype=[("phi", "f4", D), ("side", "i1")])
+    records["phi"] = phi.numpy()
     forms = {
         "memory map": np.load(tmp_path / "phi.npy", mmap_mode="r"),
         "read-only": frozen,
         "columns first": np.asfortranarray(phi.numpy()),
         "reversed": np.ascontiguousarray(phi.numpy()[::-1])[::-1],
+        "big-endian": phi.numpy().astype(">f4"),
+        "a field of records": records["phi"],
         "every other": np.repeat(phi.numpy(), 2, axis=1)[:, ::2],
         "transposed tensor": phi.T.contiguous().T,
     }
     for name, form in forms.items():
-        found = bc.fit_laplace(form, labels.numpy(), prior_precision=1.0).weight_mean
+        found = bc.fit_laplace(form, labels.numpy().astype(">i4"), prior_precision=1.0).weight_mean
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=name)
+    assert check_images(phi.double().numpy().astype(">f8"), labels).dtype == torch.float64
 
 
 def test_half_precision_is_computed_in_float32():
@@ -254,12 +261,112 @@ def test_half_precision_is_computed_in_float32():
         ({"class_weights": torch.ones(2)}, ValueError, r"class_weights must be \(3,\)"),
         ({"class_weights": torch.tensor([1.0, 0, 1])}, ValueError, "positive"),
         ({"prior_precision": "evidence", "bracket": (1.0, 0.1)}, ValueError, "bracket"),
+        ({"num_classes": 3.0}, TypeError, "num_classes must be a whole number, got 3.0"),
+        ({"num_classes": "3"}, TypeError, "num_classes must be a whole number, got '3'"),
+        ({"num_classes": True}, TypeError, "num_classes must be a whole number, got True"),
+        (
+            {"num_classes": torch.tensor([3, 3])},
+            TypeError,
+            r"num_classes must be a whole number, got tensor\(\[3, 3\]\)",
+        ),
+        ({"num_classes": 1}, ValueError, "num_classes is 1; it must be at least 2"),
+        ({"prior_precision": None}, TypeError, "prior_precision must be one positive number, got None"),
+        ({"prior_precision": [1.0]}, TypeError, r"prior_precision must be one positive number, got \[1.0\]"),
+        ({"prior_precision": 1j}, TypeError, "prior_precision must be one positive number, got 1j"),
+        ({"prior_precision": torch.ones(2)}, TypeError, "prior_precision must be one positive number, got tensor"),
+        ({"prior_precision": True}, TypeError, "prior_precision must be one positive number, got True"),
+        ({"prior_precision": 10**400}, ValueError, "prior_precision is inf; it must be positive and finite"),
+        ({"labels": None}, TypeError, "labels must be .* got None; number the classes"),
+        (
+            {"labels": ["hand", "wrist", "elbow", "wrist"]},
+            TypeError,
+            r"labels must be .* number the classes 0..K-1, as np",
+        ),
+        ({"labels": np.array([0, 1, 2, 1], dtype=object)}, TypeError, "labels must be .* got object"),
+        (
+            {"labels": np.array(["2020-01-01"] * 4, dtype="datetime64[D]")},
+            TypeError,
+            "labels must be .* got datetime64",
+        ),
+        ({"labels": [[0, 1], [2]]}, TypeError, "labels holds rows of different lengths"),
+        ({"labels": np.ma.masked_array([0, 1, 2, 1])}, TypeError, "labels is a masked array"),
+        ({"labels": torch.tensor([0, 1, 2, 2**40])}, ValueError, "labels go up to 1099511627776, outside 0..K-1"),
+        (
+            {"labels": torch.tensor([0.0, 1, 2, 1e30])},
+            ValueError,
+            r"labels\[3\] is 1e\+30, not a whole number in 0..K-1",
+        ),
+        (
+            {"features": np.zeros((4, 2), np.longdouble)},
+            TypeError,
+            "features must be dense real numbers of at most 64 bits",
+        ),
+        (
+            {"features": torch.zeros(4, 2).to_sparse()},
+            TypeError,
+            "features must be dense .* got torch.sparse_coo; give dense",
+        ),
+        ({"features": np.ma.masked_array(np.zeros((4, 2)))}, TypeError, "features is a masked array, and its mask"),
+        ({"class_weights": "balanced"}, TypeError, "class_weights must be .* got 'balanced'; give one positive number"),
+        ({"class_weights": {0: 1.0}}, TypeError, "class_weights must be"),
+        ({"class_weights": [1e300, 1, 1]}, ValueError, r"class_weights go up to 1e\+300, above 1e\+09"),
+        ({"class_weights": [1.0, math.nan, 1]}, ValueError, "class_weights must be positive and finite"),
+        ({"bracket": "x"}, ValueError, "bracket is 'x'; it must be two positive, finite, increasing"),
+        ({"bracket": (1.0,)}, ValueError, r"bracket is \(1.0,\)"),
+        ({"bracket": (1, 2, 3)}, ValueError, r"bracket is \(1, 2, 3\)"),
+        ({"bracket": None}, ValueError, "bracket is None"),
+        ({"bracket": ("a", "b")}, ValueError, r"bracket is \('a', 'b'\)"),
+        ({"group": 1}, TypeError, "group must be a torch.distributed process group, got 1"),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):
     arguments = {"features": torch.randn(4, 2), "labels": torch.tensor([0, 1, 2, 1]), "prior_precision": 1.0} | change
     with pytest.raises(error, match=message):
         bc.fit_laplace(arguments.pop("features"), arguments.pop("labels"), **arguments)
+
+
+@pytest.mark.filterwarnings("error")
+def test_whole_numbers_and_numbers_of_every_type_are_as_good():
+    phi, labels = problem()
+    expected = bc.fit_laplace(phi, labels, prior_precision=0.5).weight_mean
+    for classes in (np.int64(K), torch.tensor(K), np.array(K)):
+        for tau in (np.float32(0.5), torch.tensor(0.5), np.array(0.5)):
+            fit = bc.fit_laplace(phi, labels, num_classes=classes, prior_precision=tau)
+            torch.testing.assert_close(fit.weight_mean, expected, rtol=0, atol=0)
+            assert type(fit.prior_precision) is float
+
+
+@pytest.mark.filterwarnings("error")
+def test_class_weights_of_every_kind_are_as_good_and_are_copied():
+    phi, labels = problem()
+    weights = np.array([1.0, 2.0, 3.0, 4.0])
+    expected = bc.fit_laplace(phi, labels, prior_precision=1.0, class_weights=weights)
+    forms = {
+        "read-only": np.broadcast_to(weights, weights.shape),
+        "reversed": weights[::-1].copy()[::-1],
+        "big-endian": weights.astype(">f8"),
+        "list": weights.tolist(),
+        "learnt": torch.tensor(weights).requires_grad_(),
+    }
+    for name, form in forms.items():
+        fit = bc.fit_laplace(phi, labels, prior_precision=1.0, class_weights=form)
+        torch.testing.assert_close(fit.weight_mean, expected.weight_mean, rtol=0, atol=0, msg=name)
+        assert not fit.class_weights.requires_grad
+    weights[:] = 9.0
+    assert expected.class_weights.tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_refined_posterior_shows_its_elbo():
+    phi, labels = problem()
+    fit = bc.fit_laplace(phi, labels, prior_precision=1.0, structure="diag")
+    refined = fit.refine(phi, labels)
+    assert f"log_evidence={fit.log_evidence:.2f}" in repr(fit)
+    assert f"elbo={refined.elbo:.2f}" in repr(refined)
+    assert "log_evidence" not in repr(refined)
+    shown = refined._repr_html_()
+    assert f'ELBO</td><td style="text-align:left">{refined.elbo:.2f}<' in shown
+    assert "log evidence by Laplace" in shown
+    assert "ELBO" not in fit._repr_html_()
 
 
 def test_whole_float_labels_are_accepted():

@@ -24,7 +24,7 @@ def test_logits_thirty_times_too_small_or_too_large_are_mended(scale):
 
 @pytest.mark.parametrize("size", [1e-3, 5.0, 500.0])
 def test_where_the_loss_has_no_minimum_the_temperature_is_the_bound(size):
-    """Right on every image: the colder the better, even where the loss is nought to the last bit. Wrong: the reverse."""
+    """Right on every image: the colder the better, even where the loss is nought to the last bit. Wrong: warmer."""
     labels = torch.arange(50) % 3
     right = size * torch.nn.functional.one_hot(labels, 3).double()
     assert fit_temperature(right, labels) == TEMPERATURES[0] == 0.01
