@@ -99,6 +99,9 @@ def test_what_is_not_finite_is_refused_by_its_place(name, value):
         (np.zeros((60, 3), dtype=complex), TypeError),
         (np.zeros((60, 3), dtype=int), TypeError),
         (np.zeros((60, 3), dtype="U4"), TypeError),
+        (np.zeros((60, 3), dtype=np.longdouble), TypeError),
+        (np.ma.masked_array(np.zeros((60, 3)), mask=True), TypeError),
+        (torch.zeros(60, 3).to_sparse(), TypeError),
         ([[0.0] * 3] * 60, TypeError),
         (None, TypeError),
         (np.zeros((60, 3, 1)), ValueError),
@@ -123,11 +126,23 @@ def test_what_are_no_features_is_refused_by_name(name, features, error):
         (np.full(60, np.nan), ValueError),
         ((np.arange(60) % 3)[:, None], ValueError),
         (np.arange(60) % 3 > 0, TypeError),
+        (np.array(list("abc") * 20), TypeError),
+        (np.array([0, 1, 2] * 20, dtype=object), TypeError),
+        (None, TypeError),
     ],
 )
 def test_what_are_no_labels_is_refused_by_name(name, labels, error):
     with pytest.raises(error, match="labels"):
         _fit(name, _data()[0], labels, num_classes=3)
+
+
+@each_head
+@pytest.mark.parametrize(
+    "hide", [np.ma.masked_array, lambda rows: torch.from_numpy(rows).to_sparse(), np.ndarray.tolist]
+)
+def test_a_question_that_hides_numbers_is_refused_by_name(name, hide):
+    with pytest.raises(TypeError, match="features"):
+        _predict(name, _plain(name), hide(np.zeros((5, 3))))
 
 
 @each_head
@@ -190,7 +205,8 @@ def test_read_only_and_strided_arrays_and_maps_from_disk_are_as_good_as_any(name
     frozen = questions.copy()
     frozen.flags.writeable = False
     head = _plain(name)
-    for same in (frozen, np.asfortranarray(questions), questions[::-1].copy()[::-1], torch.from_numpy(questions)):
+    swapped, turned = questions.astype(">f8"), questions[::-1].copy()[::-1]
+    for same in (frozen, np.asfortranarray(questions), turned, swapped, torch.from_numpy(questions)):
         np.testing.assert_allclose(_predict(name, head, same).numpy(), plain, rtol=1e-9)
 
 
