@@ -21,6 +21,7 @@ from bayescam.cli import main
 from bayescam.config import read_config
 from bayescam.data.dataset import open_dataset
 from bayescam.data.pixels import Pixels
+from bayescam.diagnose.intervals import Interval
 from bayescam.errors import BayescamError
 from bayescam.runfolder import RunFolder
 from bayescam.stages.state import RunState
@@ -283,6 +284,21 @@ class TestDropout:
         assert not torch.equal(plain.head.weight, dropped.head.weight), "the same but for dropout, so it acted"
         again = networks.trained(state, 0, dropout=0.9)
         assert torch.equal(again.head.weight, dropped.head.weight)
+
+
+def test_the_distance_of_nuts_to_itself_is_a_dashed_line_and_a_lost_point_has_a_cross(monkeypatch):
+    script = _module(monkeypatch, "laplace_vs_hmc")
+    one = {measure: Interval(0.2, 0.1, 0.3) for measure in script.MEASURES}
+    rows = [
+        {"n": 80, "tau": tau, "method": name, **one, **({"converged": tau == 1} if name == "nuts" else {})}
+        for tau in (0.1, 1.0)
+        for name in script.METHODS
+    ]
+    for axes in script.draw(rows).axes:
+        dashed = [line for line in axes.get_lines() if line.get_linestyle() == "--" and len(line.get_xdata())]
+        assert len(dashed) == ("total variation" in axes.get_ylabel())
+        crosses = [line for line in axes.get_lines() if line.get_marker() == "x" and len(line.get_xdata())]
+        assert [(*line.get_xdata(), *line.get_ydata()) for line in crosses] == [(0.1, 0.2)]
 
 
 def test_features_of_other_images_than_the_split_names_are_refused(tmp_path, monkeypatch):

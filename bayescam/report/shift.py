@@ -40,7 +40,7 @@ def shift_figure(
         _against_severity(plain(axes, title=corruption, x="severity", y="NLL, nat"), methods)
     last = panels[len(nll)]
     if auroc:
-        _unknown(plain(last, title="images of something else", x="AUROC", y=""), auroc)
+        _unknown(plain(last, title="images of something else"), auroc)
     else:
         last.set_axis_off()
         say(last, 0.5, 0.5, "no images of something else", ha="center", va="center", fontsize=9, color=QUIET)
@@ -74,11 +74,9 @@ def _unknown(axes: Axes, auroc: Mapping[str, Mapping[str, Interval]]) -> None:
             axes.plot([one.value], [row], MARKS[score], markersize=4, color=_colour(method))
             axes.hlines([row], [one.low], [one.high], color=_colour(method), linewidth=1.2)
     axes.axvline(0.5, color="0.6", linewidth=0.8, linestyle=":")
-    for score, mark in MARKS.items():
-        axes.plot([], [], mark, markersize=4, color=QUIET, label=score)
     named_ticks(axes, [title(method) for method in auroc], axis="y")
     axes.set_ylim(len(auroc) - 0.4, -0.6)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.3, -0.42), ncols=2, fontsize=7, frameon=False)
+    axes.set_xlabel("AUROC (dot: entropy, cross: mutual information)", fontsize=7)
 
 
 def _colour(method: str) -> str:
