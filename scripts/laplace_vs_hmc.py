@@ -23,7 +23,7 @@ from torch import Tensor
 import bayescam as bc
 from bayescam.diagnose.compare import MAX_RHAT, MIN_ESS
 from bayescam.diagnose.convergence import probability_convergence
-from bayescam.diagnose.intervals import Interval, interval, metrics_with_intervals, resampled_mean
+from bayescam.diagnose.intervals import Interval, count_groups, interval, metrics_with_intervals, resampled_mean
 from bayescam.diagnose.weight_agreement import halves
 from bayescam.report.style import COLOURS, NAMES, new_figure, plain
 from bayescam.storage import atomic_path, write_text
@@ -97,7 +97,8 @@ def measure(
 
 def away(first: Tensor, second: Tensor, test: Part) -> Interval:
     """Total variation of two predictives of the test images."""
-    return interval(resampled_mean(0.5 * (first - second).abs().sum(1).numpy(), test.patients))
+    values = resampled_mean(0.5 * (first - second).abs().sum(1).numpy(), test.patients)
+    return interval(values, num_groups=count_groups(test.patients))
 
 
 def print_rows(rows: list[dict]) -> None:

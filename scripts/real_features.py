@@ -48,7 +48,7 @@ class Table:
                 cells.append("–")
             else:
                 away = (proba - self.referee[part]).abs().sum(1).numpy() / 2
-                cells.append(f"{interval(resampled_mean(away, images)):.4f}")
+                cells.append(f"{interval(resampled_mean(away, images), num_groups=len(images)):.4f}")
         print(f"| {name} | {seconds:.1f} | {' | '.join(cells)} |", flush=True)
 
 

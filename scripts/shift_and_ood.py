@@ -17,6 +17,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from bayescam.data.folder import SUFFIXES, is_clutter
 from bayescam.data.phantom.clinic import OTHER_PARTS
 from bayescam.data.phantom.dataset import phantom_dataset
 from bayescam.diagnose.calibration import entropy, mutual_information
-from bayescam.diagnose.intervals import interval, resampled_metrics
+from bayescam.diagnose.intervals import Interval, count_groups, interval, resampled_metrics
 from bayescam.diagnose.uncertainty import ood_with_intervals
 from bayescam.errors import BayescamError
 from bayescam.report.shift import MARKS, shift_figure, title
@@ -81,14 +82,15 @@ def measure(parsed: argparse.Namespace) -> None:
         print("unknown images: left out; name a folder of images of what this network was not taught with --unknown\n")
     else:
         far = predict(others.pixels(state.image_size).batch(np.arange(len(others))))
-        unknown = ood(near, far, truth[1], np.array(others.groups()))
-    shift = [{**row, **{name: interval(row[name]) for name in METRICS}} for row in table]
+        unknown = ood(near, far, truth[1], np.array([f"unknown {name}" for name in others.groups()]))
+    bounded = partial(interval, num_groups=count_groups(truth[1]))
+    shift = [{**row, **{name: bounded(row[name]) for name in METRICS}} for row in table]
     write_text(
         parsed.out / "shift_and_ood.json", json.dumps({"shift": shift, "ood": unknown}, indent=1, default=asdict)
     )
     with atomic_path(parsed.out / "shift_and_ood.png") as temporary:
         shift_figure(*for_figure(shift, unknown)).savefig(temporary, dpi=130, format="png")
-    print(in_words(table, unknown))
+    print(in_words(table, unknown, bounded))
 
 
 def unknown_images(state: RunState, parsed: argparse.Namespace) -> RadiographDataset | None:
@@ -186,7 +188,7 @@ def for_figure(shift: list[dict], unknown: list[dict]) -> tuple[dict, dict]:
     return nll, auroc
 
 
-def in_words(table: list[dict], unknown: list[dict]) -> str:
+def in_words(table: list[dict], unknown: list[dict], bounded: Callable[[np.ndarray], Interval]) -> str:
     """One row a method: means over all corruptions and severities, and how well it tells unknown images."""
     columns = ["clean NLL", "shifted NLL", "clean ECE", "shifted ECE"]
     columns += [f"{what}, {measure}" for measure in MARKS for what in ("AUROC", "FPR95")]
@@ -197,7 +199,7 @@ def in_words(table: list[dict], unknown: list[dict]) -> str:
         for metric in ("nll", "ece"):
             clean = [row[metric] for row in own if row["severity"] == 0]
             shifted = [row[metric] for row in own if row["severity"] > 0]
-            cells += [f"{interval(np.mean(values, axis=0)):.3f}" for values in (clean, shifted)]
+            cells += [f"{bounded(np.mean(values, axis=0)):.3f}" for values in (clean, shifted)]
         for measure in MARKS:
             far = [row for row in unknown if (row["method"], row["score"]) == (name, measure)]
             cells += [f"{far[0][key]:.3f}" if far else "-" for key in ("auroc", "fpr95")]
