@@ -15,7 +15,7 @@ from torch import Tensor
 from bayescam.errors import FileFormatError
 from bayescam.notebook import html_table
 from bayescam.posterior.draws import Draws
-from bayescam.posterior.images import check_images
+from bayescam.posterior.images import check_images, whole_number
 from bayescam.posterior.nuts_chain import STATISTICS, Chain, ChainSettings
 from bayescam.posterior.nuts_problem import Problem
 from bayescam.posterior.nuts_ranks import fits, gathered, run_chains_on_ranks
@@ -55,6 +55,7 @@ class Nuts:
 
     @property
     def num_divergent(self) -> int:
+        """Draws after a trajectory whose energy broke away."""
         return int(self.stats["diverging"].sum())
 
     @property
@@ -186,6 +187,7 @@ def sample_nuts(
     settings = _check_settings(
         num_chains, kernel, num_samples, num_warmup, seed, target_accept, max_tree_depth, num_workers, group
     )
+    num_chains, num_workers = int(num_chains), int(num_workers)
     images = check_images(
         features,
         labels,
@@ -265,11 +267,7 @@ def _check_settings(
         max_tree_depth=max_tree_depth,
         num_workers=num_workers,
     )
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer):
-            raise TypeError(f"{name} must be a whole number, got {value!r}")
-        if value < least[name]:
-            raise ValueError(f"{name} is {value}; it must be at least {least[name]}")
+    whole = {name: whole_number(value, name, least[name]) for name, value in given.items()}
     if kernel not in ("nuts", "hmc"):
         raise ValueError(f"kernel is {kernel!r}; choose 'nuts' or 'hmc'")
     if not 0 < target_accept < 1:
@@ -278,9 +276,9 @@ def _check_settings(
         raise ValueError("num_workers and group exclude each other; give num_workers=0 with a process group")
     return ChainSettings(
         "hmc" if kernel == "hmc" else "nuts",
-        int(num_samples),
-        int(num_warmup),
-        int(seed),
+        whole["num_samples"],
+        whole["num_warmup"],
+        whole["seed"],
         float(target_accept),
-        int(max_tree_depth),
+        whole["max_tree_depth"],
     )

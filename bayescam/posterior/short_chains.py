@@ -17,7 +17,7 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from bayescam.posterior.draws import Draws
-from bayescam.posterior.images import TrainingImages, check_images
+from bayescam.posterior.images import TrainingImages, check_images, whole_number
 from bayescam.posterior.laplace import Laplace
 from bayescam.posterior.model import negative_log_joint
 from bayescam.posterior.nuts_potential import whitening_basis
@@ -99,11 +99,11 @@ def short_chains(
         seed: of all random numbers.
 
     Raises:
+        TypeError: a count or the seed is no whole number.
         ValueError: too few chains or transitions, a diagonal posterior, data of other shapes.
     """
-    for name, value, least in (("num_chains", num_chains, 8), ("num_transitions", num_transitions, 1)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    num_chains, seed = whole_number(num_chains, "num_chains", 8), whole_number(seed, "seed", 0)
+    num_transitions = whole_number(num_transitions, "num_transitions", 1)
     if laplace.structure == "diag":
         raise ValueError("laplace has structure 'diag'; short chains check a 'full' or 'kron' posterior")
     images = check_images(features, labels, num_classes=laplace.num_classes, class_weights=laplace.class_weights)

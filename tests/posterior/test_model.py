@@ -57,7 +57,11 @@ PHI, LABELS = torch.zeros(N, D), torch.arange(N) % K
         ({"features": PHI[None]}, ValueError, r"features must be \(N, D\) with N, D >= 1, got shape \(1, 30, 3\)"),
         ({"features": PHI[:0], "labels": None}, ValueError, r"features must be .* got shape \(0, 3\)"),
         ({"labels": LABELS[:-1]}, ValueError, r"labels must be \(30,\) like the rows of features, got \(29,\)"),
-        ({"labels": LABELS.float()}, TypeError, "labels must be whole numbers .* got torch.float32; give labels.long()"),
+        (
+            {"labels": LABELS.float()},
+            TypeError,
+            "labels must be whole numbers .* got torch.float32; give labels.long()",
+        ),
         ({"labels": LABELS > 0}, TypeError, "labels must be whole numbers .* got torch.bool"),
         ({"labels": LABELS.tolist()}, TypeError, "labels must be a torch tensor, got list"),
         ({"labels": LABELS + 1}, ValueError, "labels run from 1 to 4, outside 0..3; check num_classes"),
