@@ -59,6 +59,8 @@ class TestPhantom:
         assert {path.name for path in tiny_run.iterdir()} <= WRITTEN, "what --overwrite may remove must be listed"
         metrics = json.loads((tiny_run / "metrics.json").read_text())
         assert set(metrics["methods"]) == METHODS
+        assert 0.01 <= metrics["temperature"] <= 100
+        assert (metrics["temperature_bound"] is None) == (0.01 < metrics["temperature"] < 100)
         for row in metrics["methods"].values():
             assert 0 <= row["accuracy"] <= 1
             assert all(np.isfinite(row[key]) for key in ("nll", "ece", "brier"))

@@ -19,7 +19,7 @@ def fit_temperature(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray | S
 
     The loss is convex in b = 1/T, so the root of its derivative, the mean of sum_k softmax(b f)_k (f_k - f_label), is
     the only minimum. Where the loss still falls at an end, or has no minimum at all, T is that end exactly: .01 where
-    the largest logit is right on every image, 100 where the logits mislead. ``T in TEMPERATURES`` asks for that.
+    the largest logit is right on every image, 100 where the logits mislead; ``bound_hit`` asks for that.
     Logits that are equal on every image fit any T, and T is 1.
 
     Use logits of images that the network was not trained on, never the test set.
@@ -61,3 +61,8 @@ def fit_temperature(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray | S
     if hot >= 0.0:
         return most
     return least if cold <= 0.0 else 1 / float(brentq(slope, 1 / most, 1 / least, xtol=1e-12, rtol=1e-12))
+
+
+def bound_hit(temperature: float) -> str | None:
+    """ "lower" or "upper" where a fitted temperature is an end of ``TEMPERATURES``, at which the loss still falls."""
+    return dict(zip(TEMPERATURES, ("lower", "upper"), strict=True)).get(temperature)

@@ -14,15 +14,15 @@ from tqdm import tqdm
 from bayescam.backbone.network import Features
 from bayescam.diagnose.intervals import Interval, count_groups, interval_words, metrics_with_intervals
 from bayescam.posterior.predictive import predict_proba
-from bayescam.posterior.temperature import fit_temperature
+from bayescam.posterior.temperature import bound_hit, fit_temperature
 from bayescam.stages.state import INTERVAL_LEVEL, METHODS, RunState
 from bayescam.storage import printable, write_text
 
 _COMPARED_MAPS = 32
 
 
-def _probabilities(state: RunState, part: Features) -> dict[str, Tensor]:
-    """Class probabilities (N, K) of every method; the temperature is fitted on the valid split alone."""
+def _probabilities(state: RunState, part: Features) -> tuple[dict[str, Tensor], float]:
+    """Class probabilities (N, K) of every method, and the temperature, fitted on the valid split alone."""
     head = state.backbone.head.cpu()
     full, valid = state.gaussians["laplace_full"], state.part("valid")
     phi = part.features
@@ -38,7 +38,7 @@ def _probabilities(state: RunState, part: Features) -> dict[str, Tensor]:
     }
     probabilities |= {name: gaussian.predict_proba(phi) for name, gaussian in state.gaussians.items()}
     probabilities["nuts"] = predict_proba(state.nuts.draws, phi)
-    return {name: probabilities[name].double() for name in METHODS}
+    return {name: probabilities[name].double() for name in METHODS}, temperature
 
 
 def predict(state: RunState) -> None:
@@ -51,7 +51,7 @@ def predict(state: RunState) -> None:
     if folder.done("predict"):
         return
     with folder.stage("predict", ["predictions.nc", "metrics.json", "table.md"]):
-        probabilities = _probabilities(state, part)
+        probabilities, temperature = _probabilities(state, part)
         predictions = _predictions(state, part, probabilities)
         save_dataset(predictions, folder / "predictions.nc")
         intervals = _intervals(state, part, probabilities)
@@ -68,10 +68,12 @@ def predict(state: RunState) -> None:
             "classes": [printable(name) for name in state.dataset.classes],
             "prior_precision": state.gaussians["laplace_full"].prior_precision,
             "log_evidence": state.gaussians["laplace_full"].log_evidence,
+            "temperature": temperature,
+            "temperature_bound": bound_hit(temperature),
         }
         write_text(folder / "metrics.json", json.dumps(json_safe(metrics), indent=1, allow_nan=False))
         words = interval_words(count_groups(state.test_patients), state.resampled, INTERVAL_LEVEL)
-        write_text(folder / "table.md", _table(intervals, len(part.labels), words))
+        write_text(folder / "table.md", _table(intervals, len(part.labels), words, temperature))
 
 
 def _intervals(state: RunState, part: Features, probabilities: dict[str, Tensor]) -> dict[str, dict[str, Interval]]:
@@ -97,7 +99,11 @@ def _uncertainty(state: RunState, predictions: Any) -> dict[str, dict[str, Any]]
     return found
 
 
-def _table(methods: dict[str, dict[str, Interval]], num_test: int, words: str) -> str:
+def _table(methods: dict[str, dict[str, Interval]], num_test: int, words: str, temperature: float) -> str:
+    if bound := bound_hit(temperature):
+        words += (
+            f" The temperature, {temperature:g}, is at its {bound} bound: the valid loss still falls there."
+        )
     lines = [
         f"Test split, {num_test} images. {words} ECE: 15 bins of equal width. NLL in nats, lower is better.",
         "",
