@@ -53,6 +53,9 @@ def normal_rule(dimension: int, num_points: int, *, seed: int = 0, tails: bool =
         seed: of the scramble.
         tails: spread the points out as Normal(0, c^2), with the weights' variance 1 that this costs: (c^2 / sqrt(2 c^2
             - 1))^dimension = 2. Rare events meet more points of less weight.
+
+    Raises:
+        ValueError: num_points is odd or below 2.
     """
     if num_points < 2 or num_points % 2:
         raise ValueError(f"num_points is {num_points}; give an even number (points come with their mirror images)")
