@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bayescam.diagnose.convergence import Convergence, convergence, probability_convergence
-from bayescam.diagnose.importance import importance
+from bayescam.diagnose.importance import importances
 from bayescam.diagnose.inference_inputs import whole_number
 from bayescam.diagnose.intervals import Interval, interval, resampled_mean, resampled_metrics
 from bayescam.diagnose.weight_agreement import halves, weight_agreement
@@ -143,6 +143,7 @@ def compare_posteriors(
     for name, gaussian in gaussians.items():
         agreement = weight_agreement(gaussian, nuts.draws)
         weights[name] = {**agreement.summary(), "worst": agreement.worst()}
+    weighed = {} if images is None else importances(gaussians, images, seed=seed)
     verdict, words = _verdict(converged["probabilities"], predictive)
     return Comparison(
         verdict,
@@ -151,7 +152,7 @@ def compare_posteriors(
         predictive,
         weights,
         {} if maps is None else {name: _cams(maps, one, nuts.draws) for name, one in gaussians.items()},
-        {} if images is None else {name: asdict(one) for name, one in importance(gaussians, images, seed=seed).items()},
+        {name: asdict(one) for name, one in weighed.items()},
         {
             "total_variation": _allowed(predictive),
             "nll_difference": MAX_NLL_DIFFERENCE,

@@ -50,8 +50,8 @@ def check_posterior(posterior: Any) -> None:
     """Raises TypeError for what is no posterior."""
     if not isinstance(posterior, Laplace | Nuts | Draws):
         raise TypeError(
-            f"posterior must be a Laplace, a Nuts or Draws, got {type(posterior).__name__}; give what fit_laplace, refine "
-            "or sample_nuts returned"
+            f"posterior must be a Laplace, a Nuts or Draws, got {type(posterior).__name__}; give what fit_laplace, "
+            "refine or sample_nuts returned"
         )
 
 

@@ -158,6 +158,8 @@ class FoundComparison:
         if found.verdict not in get_args(Verdict):
             raise found._wrong("verdict", found.verdict, f"one of {', '.join(get_args(Verdict))}")
         found._table("predictive")
+        for name in found._table("importance") if "importance" in content else ():
+            found.importance(name)
         return found
 
     @property
@@ -177,6 +179,10 @@ class FoundComparison:
         if "importance" not in self.content or name not in self._table("importance"):
             return None
         found = self._table("importance", name)
+        shapes = found.get("khat")
+        if not isinstance(shapes, list) or not shapes:
+            raise self._wrong(f"importance/{name}/khat", shapes, "a list of numbers")
+        khat = [math.inf if one is None else self._number(one, "importance", name, "khat") for one in shapes]
         if "num_parameters" not in found:
             return None
 
@@ -185,10 +191,6 @@ class FoundComparison:
             value = found.get(key, "missing")
             return math.inf if value is None else self._number(value, "importance", name, key)
 
-        shapes = found.get("khat")
-        if not isinstance(shapes, list) or not shapes:
-            raise self._wrong(f"importance/{name}/khat", shapes, "a list of numbers")
-        khat = [math.inf if one is None else self._number(one, "importance", name, "khat") for one in shapes]
         if not isinstance(source := found.get("evidence_from"), str):
             raise self._wrong(f"importance/{name}/evidence_from", source, "a name")
         counts = {key: number(key) for key in ("num_draws", "num_parameters")}

@@ -329,6 +329,7 @@ HURT = {
     "khat of words": lambda content: content["importance"]["refined"].update(khat=["a"]),
     "khat is a number": lambda content: content["importance"]["refined"].update(khat=0.3),
     "no draws": lambda content: content["importance"]["refined"].update(num_draws=0),
+    "khat of another": lambda content: content["importance"].update(bogus={"khat": ["a"], "kl": 1, "num_draws": 3}),
     "importance is null": lambda content: content.update(importance=None),
 }
 

@@ -11,7 +11,7 @@ import torch
 
 import bayescam as bc
 from bayescam.diagnose.density import log_density, log_weight
-from bayescam.diagnose.importance import good_khat, importance, log_ratios
+from bayescam.diagnose.importance import good_khat, importance, importances, log_ratios
 from bayescam.posterior.covariance import contrast_basis
 from bayescam.posterior.images import check_images
 from bayescam.posterior.model import log_prior, negative_log_joint
@@ -85,7 +85,7 @@ def exact(request):
 
 def test_kl_is_the_quadratures(exact):
     images, found, evidence, kl = exact
-    measured = importance(found, images, num_batches=4, num_draws=2000, seed=1)
+    measured = importances(found, images, num_batches=4, num_draws=2000, seed=1)
     for name, one in measured.items():
         assert not one.kl_is_lower_bound
         assert one.log_evidence == pytest.approx(evidence, abs=0.05)
@@ -103,8 +103,8 @@ def test_where_no_weights_are_good_the_kl_is_a_bound_and_says_so():
     labels = (features[:, :4] + 0.3 * torch.randn(60, 4, generator=generator, dtype=torch.float64)).argmax(1)
     laplace = bc.fit_laplace(features, labels, num_classes=4, prior_precision=0.05)
     images, refined = check_images(features, labels, num_classes=4), laplace.refine(features, labels)
-    alone = importance({"laplace": laplace}, images, num_draws=50)["laplace"]
-    beside = importance({"laplace": laplace, "refined": refined}, images, num_draws=50)["laplace"]
+    alone = importance(laplace, images, num_draws=50)
+    beside = importances({"laplace": laplace, "refined": refined}, images, num_draws=50)["laplace"]
     assert min(alone.khat) > good_khat(50)
     assert (alone.evidence_from, alone.kl_is_lower_bound) == ("laplace", True)
     assert beside.evidence_from == "refined"
