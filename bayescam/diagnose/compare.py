@@ -13,12 +13,11 @@ from torch import Tensor
 
 from bayescam.diagnose.convergence import Convergence, convergence, probability_convergence
 from bayescam.diagnose.importance import importances
-from bayescam.diagnose.inference_inputs import whole_number
 from bayescam.diagnose.intervals import Interval, interval, resampled_mean, resampled_metrics
 from bayescam.diagnose.weight_agreement import halves, weight_agreement
 from bayescam.notebook import html_table
 from bayescam.posterior.draws import Draws
-from bayescam.posterior.images import TrainingImages, check_images, check_rows
+from bayescam.posterior.images import TrainingImages, check_images, check_rows, whole_number
 from bayescam.posterior.laplace import Laplace
 from bayescam.posterior.nuts import Nuts
 
@@ -126,8 +125,8 @@ def compare_posteriors(
         ValueError: shapes that do not belong together, or numbers that cannot be meant.
     """
     _check_kinds(laplace, nuts, refined)
-    num_samples = whole_number("num_samples", num_samples, 1)
-    seed = whole_number("seed", seed, 0, below=1 << 63)
+    num_samples = whole_number(num_samples, "num_samples", 1)
+    seed = whole_number(seed, "seed", 0)
     phi, truth = _check(laplace, nuts, features, labels)
     images = None if training is None else _training(laplace, training)
     groups = np.arange(len(phi)) if patients is None else np.asarray(patients)

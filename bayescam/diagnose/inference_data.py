@@ -29,11 +29,10 @@ from bayescam.diagnose.inference_inputs import (
     check_prior,
     check_train,
     spawned,
-    whole_number,
 )
 from bayescam.posterior.covariance import Covariance
 from bayescam.posterior.draws import Draws
-from bayescam.posterior.images import TrainingImages
+from bayescam.posterior.images import TrainingImages, whole_number
 from bayescam.posterior.laplace import Laplace
 from bayescam.posterior.model import log_prior, negative_log_joint
 from bayescam.posterior.nuts import Nuts
@@ -89,8 +88,8 @@ def to_inference_data(
             than those the posterior was fitted to; or no ``train`` where it is asked for. The message names it.
     """
     check_posterior(posterior)
-    num_samples = whole_number("num_samples", num_samples, 1)
-    seed = whole_number("seed", seed, 0, below=1 << 63)
+    num_samples = whole_number(num_samples, "num_samples", 1)
+    seed = whole_number(seed, "seed", 0)
     prior, seeds = check_prior(posterior, prior_precision, tau_prior), spawned(seed)
     draws = _draws(posterior, num_samples, seed)
     phi, truth = check_pair(draws, features, labels)

@@ -93,16 +93,6 @@ def _positive(name: str, value: Any) -> float:
     return float(value)
 
 
-def whole_number(name: str, value: Any, least: int, below: int | None = None) -> int:
-    """``value`` as an int of at least ``least``, or an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if value < least or (below is not None and value >= below):
-        limit = f"at least {least}" if below is None else f"at least {least} and below 2^{below.bit_length() - 1}"
-        raise ValueError(f"{name} is {value}; it must be {limit}")
-    return int(value)
-
-
 def spawned(seed: int) -> dict[str, int]:
     """A seed of its own for everything random but the draws of the posterior, which take ``seed`` itself."""
     states = np.random.SeedSequence(seed).generate_state(len(_STREAMS), np.uint64)
