@@ -75,6 +75,12 @@ class TestPhantom:
             "undecided",
         )
 
+    def test_the_gaussians_files_hold_the_log_joint_of_their_draws(self, tiny_run):
+        for name in ("laplace", "refined"):
+            stats = load_netcdf(tiny_run / f"posterior/{name}.nc", "sample_stats")
+            assert {"lp", "lp_approx"} <= set(stats)
+            assert np.isfinite(stats["lp"]).all()
+
     def test_the_report_says_whether_the_model_looks_at_the_marker(self, tiny_run):
         words = (tiny_run / "report.html").read_text()
         assert "Does it look at the lead marker? In " in words
