@@ -88,7 +88,7 @@ def test_seed_and_shift():
 def test_wrong_arguments():
     features, labels = data(50)
     laplace = fit_laplace(features, labels, num_classes=K, prior_precision=1.0)
-    with pytest.raises(TypeError, match="num_transitions must be a whole number, got 2.5"):
+    with pytest.raises(TypeError, match=r"num_transitions must be a whole number, got 2\.5"):
         short_chains(laplace, features, labels, num_transitions=2.5)
     with pytest.raises(ValueError, match="num_chains is 2"):
         short_chains(laplace, features, labels, num_chains=2)
