@@ -26,7 +26,7 @@ import bayescam as bc
 from bayescam.diagnose.compare import total_variation
 from bayescam.diagnose.intervals import interval, metrics_with_intervals, resampled_mean
 from bayescam.diagnose.weight_agreement import halves
-from bayescam.posterior.temperature import fit_temperature
+from bayescam.posterior.temperature import bound_hit, fit_temperature
 
 
 class Table:
@@ -85,9 +85,8 @@ def compare(features: Sets, labels: Sets, num_classes: int, tau: float | str, ch
     map_logits = fits["full"].map_logits
     temperature = fit_temperature(map_logits(features["valid"]), labels["valid"])
     table.row("MAP", took["full"], lambda phi: map_logits(phi).softmax(1))
-    table.row(
-        f"MAP, temperature {temperature:.2f}", took["full"], lambda phi: (map_logits(phi) / temperature).softmax(1)
-    )
+    name = f"MAP, temperature {temperature:.2f}{' (its bound)' if bound_hit(temperature) else ''}"
+    table.row(name, took["full"], lambda phi: (map_logits(phi) / temperature).softmax(1))
     for structure, fit in fits.items():
         for method in ("pairwise", "bridge", "mc"):
             table.row(
