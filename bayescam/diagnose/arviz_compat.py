@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import xarray as xr
+from scipy.special import logsumexp
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing", category=FutureWarning)
@@ -31,17 +33,29 @@ def ess(draws: np.ndarray, method: str = "bulk") -> np.ndarray:
 def psis(log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pareto-smoothed, normalised log weights (..., S) and the shapes k-hat (...) of log ratios (..., S).
 
-    The ratios are log p - log q at draws from q, for each row by itself (Vehtari et al. 2024, JMLR 25(72)).
+    The ratios are log p - log q at draws from q, for each row by itself (Vehtari et al. 2024, JMLR 25(72)). The shape
+    is 0 where all of the tail's ratios are equal, and infinite where it cannot be computed, as one draw has all weight.
     """
     ratios = np.array(log_ratios, dtype=float)
-    if _IS_TREE:
-        from arviz_stats.base import array_stats
+    rows = ratios.reshape(-1, ratios.shape[-1])
+    num = rows.shape[1]
+    tail = min(num, math.ceil(min(num / 5, 3 * math.sqrt(num))))
+    flat = np.partition(rows, num - tail, axis=1)[:, num - tail] == rows.max(1)
+    log_weights, shapes = rows - logsumexp(rows, axis=1, keepdims=True), np.zeros(len(rows))
+    if not flat.all():
+        log_weights[~flat], shapes[~flat] = _smoothed(rows[~flat])
+    return log_weights.reshape(ratios.shape), shapes.reshape(ratios.shape[:-1])
 
-        # ArviZ 1.x takes the negative log ratios.
-        log_weights, shapes = array_stats.psislw(-ratios)
-    else:
-        log_weights, shapes = az.psislw(ratios)
-    return np.asarray(log_weights), np.asarray(shapes, dtype=float)
+
+def _smoothed(ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # ratios can span hundreds of nats
+        if _IS_TREE:
+            from arviz_stats.base import array_stats
+
+            log_weights, shapes = array_stats.psislw(-ratios)  # ArviZ 1.x takes the negative log ratios
+        else:
+            log_weights, shapes = az.psislw(ratios)
+    return np.asarray(log_weights), np.nan_to_num(np.asarray(shapes, dtype=float), nan=np.inf, posinf=np.inf)
 
 
 def loo(idata: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -53,18 +67,18 @@ def loo(idata: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(pointwise, dtype=float).ravel(), np.asarray(found.pareto_k, dtype=float).ravel()
 
 
-def elpd_data(elpd_i: np.ndarray, pareto_k: np.ndarray, *, se: float, p: float, num_samples: int, good_k: float) -> Any:
+def elpd_data(elpd_i: np.ndarray, pareto_k: np.ndarray, *, p: float, num_samples: int, good_k: float) -> Any:
     """Pointwise leave-one-out as the ELPDData that the installed ``az.compare`` and ``az.plot_khat`` take.
 
     Args:
         elpd_i, pareto_k: of each image, (N,).
-        se: of the sum of ``elpd_i``.
         p: the effective number of parameters.
         num_samples: draws.
         good_k: the largest shape that can be trusted.
     """
     values, shapes = (xr.DataArray(one, dims=("train_id",)) for one in (elpd_i, pareto_k))
     warning = bool((pareto_k > good_k).any())
+    se = float(np.sqrt(len(elpd_i) * elpd_i.var(ddof=int(_IS_TREE))))  # as ``az.loo`` of that version has it
     facts = [float(elpd_i.sum()), se, p, num_samples, len(elpd_i), warning]
     if not _IS_TREE:
         from arviz.stats.stats_utils import ELPDData

@@ -69,9 +69,7 @@ class LeaveOneOut:
         Handed the InferenceData of a Gaussian, ``az.compare`` and ``az.loo`` take its draws for draws from the
         posterior; this has log p - log q in its weights.
         """
-        return elpd_data(
-            self.elpd_i, self.pareto_k, se=self.se, p=self.p, num_samples=self.num_samples, good_k=self.good_k
-        )
+        return elpd_data(self.elpd_i, self.pareto_k, p=self.p, num_samples=self.num_samples, good_k=self.good_k)
 
     def __repr__(self) -> str:
         kind = "with the weights p / q of an approximation" if self.corrected else "of draws from the posterior"

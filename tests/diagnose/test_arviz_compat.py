@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 
 import bayescam as bc
-from bayescam.diagnose.arviz_compat import get_dataset
+from bayescam.diagnose.arviz_compat import get_dataset, group_names, psis
 
 CLASSES = ["hand", "label", "wrist"]
 
@@ -64,6 +64,31 @@ def test_summary_keeps_the_dimension_where_it_returns_a_dataset(data):
 def test_summary_names_the_variable_that_is_not_there(data):
     with pytest.raises(KeyError, match="nothing"):
         bc.summary(data, ["nothing"])
+
+
+def test_summary_names_what_it_cannot_summarise(data):
+    with pytest.raises(ValueError, match="group is 'nope'; idata has posterior"):
+        bc.summary(data, group="nope")
+    for nothing in (None, {}, bc.Draws(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2))):
+        with pytest.raises(TypeError, match="idata must be what to_inference_data returns"):
+            bc.summary(nothing)
+        with pytest.raises(TypeError, match="idata must be"):
+            group_names(nothing)
+
+
+def test_weights_that_span_thousands_of_nats_have_a_shape():
+    for scale in (500, 1000):
+        ratios = scale * np.random.default_rng(2).normal(size=(3, 1000))
+        log_weights, shapes = psis(ratios)
+        assert (shapes > 1).all()
+        np.testing.assert_allclose(np.exp(log_weights).sum(1), 1)
+
+
+def test_equal_weights_are_the_best_there_are():
+    log_weights, shapes = psis(np.stack([np.full(200, -3.0), np.minimum(np.random.default_rng(0).normal(size=200), 0)]))
+    np.testing.assert_allclose(log_weights[0], -np.log(200))
+    np.testing.assert_allclose(np.exp(log_weights).sum(1), 1)
+    assert shapes.tolist() == [0, 0]
 
 
 @pytest.mark.skipif(int(az.__version__.split(".")[0]) < 1, reason="ArviZ 1.x only")

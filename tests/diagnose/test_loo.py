@@ -131,13 +131,14 @@ def test_arviz_ranks_gaussians_by_corrected_leave_one_out(rivals):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ArviZ trails pandas, and warns of k-hat
         assert list(az.compare(data).index) == ["tight", "loose"]  # takes both for draws from the posterior
-        table = az.compare({name: one.elpd_data() for name, one in found.items()})
+        exactly = {"round_to": "none"} if int(az.__version__.split(".")[0]) else {}
+        table = az.compare({name: one.elpd_data() for name, one in found.items()}, **exactly)
     assert list(table.index) == ["loose", "tight"]
     column = "elpd" if "elpd" in table else "elpd_loo"
     for name, one in found.items():
         assert one.num_bad == 0
         assert one.elpd == pytest.approx(exact[name], abs=0.2)
-        assert float(table.loc[name, column]) == pytest.approx(one.elpd, abs=0.1)
+        assert float(table.loc[name, column]) == pytest.approx(one.elpd)
         assert 0.5 < one.p < 2.5  # two contrasts
         assert "elpd" in str(one.elpd_data())
 
@@ -152,10 +153,10 @@ def test_elpd_data_is_what_arviz_makes_of_nuts(problem):
         warnings.simplefilter("ignore")
         theirs = az.loo(data, pointwise=True)
     ours = bc.leave_one_out(data).elpd_data()
-    for name in ("se", "n_samples", "n_data_points", "good_k", "scale"):
-        assert ours[name] == pytest.approx(theirs[name]) if name != "scale" else ours[name] == theirs[name]
-    for name in ("elpd", "p") if hasattr(theirs, "elpd_i") else ("elpd_loo", "p_loo"):
-        assert ours[name] == pytest.approx(theirs[name])
+    assert ours["scale"] == theirs["scale"]
+    sums = ("elpd", "p") if hasattr(theirs, "elpd_i") else ("elpd_loo", "p_loo")
+    for name in ("se", "n_samples", "n_data_points", "good_k", *sums):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
 
 
 def test_draws_that_do_not_say_where_they_come_from_are_refused(problem):
