@@ -196,6 +196,13 @@ def size(group: ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
+def memory(device: torch.device) -> float:
+    """Bytes of memory for a rank on this device: the GPU's, or its even share of the machine's."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _count("LOCAL_WORLD_SIZE")
+
+
 def shares(count: int, group: ProcessGroup | None) -> list[slice]:
     """``count`` rows dealt to the ranks as contiguous slices that differ by at most one in length."""
     ranks = size(group)

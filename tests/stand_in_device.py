@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,6 +243,7 @@ def stand_in_device() -> Iterator[None]:
         "set_device": lambda _: None,
         "synchronize": lambda _=None: None,
         "get_device_name": lambda _=None: "a stand-in",
+        "get_device_properties": lambda _=None: SimpleNamespace(total_memory=80 * 2**30),
         "get_rng_state": lambda _=None: torch.get_rng_state(),
         "set_rng_state": lambda state, _=None: torch.set_rng_state(state),
     }

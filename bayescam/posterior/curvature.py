@@ -13,16 +13,21 @@ sum in the contrast basis has no cancellation. Everywhere ``pair_weights`` (n, K
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from bayescam.errors import NotPositiveDefiniteError
+from bayescam.parallel import memory, size
 from bayescam.posterior.covariance import DiagCovariance, FullCovariance, KronCovariance, contrast_basis
 from bayescam.posterior.images import TrainingImages, augment
 
 _SKIPPED_SHARE = 1e-6
+_SKIPPED_OF_PRIOR = 1e-3
+_LOST_DIGITS = 1e-3
 _DOUBLINGS = 10
 _GRAM_ROWS = 8192
 _STRIP = 128
@@ -31,8 +36,13 @@ Probabilities = Callable[[slice, Tensor], Tensor]
 
 def probabilities_at(theta: Tensor, images: TrainingImages) -> Probabilities:
     """p_n = softmax(weight phi_n + bias) for a chunk of images, (n, K)."""
-    weight, bias = theta[:, :-1].to(images.dtype), theta[:, -1].to(images.dtype)
-    return lambda span, phi: torch.addmm(bias, phi, weight.T).softmax(-1)
+    low = theta.to(images.dtype)
+
+    def probabilities(_: slice, phi: Tensor) -> Tensor:
+        here = low if phi.dtype == low.dtype else theta.to(phi)
+        return torch.addmm(here[:, -1], phi, here[:, :-1].T).softmax(-1)
+
+    return probabilities
 
 
 def pair_products(proba: Tensor) -> Tensor:
@@ -64,14 +74,18 @@ def feature_gram(images: TrainingImages, weights: Tensor | None = None) -> Tenso
     return _mirror(images.total(gram))
 
 
-def pair_grams(images: TrainingImages, pair_weights: Callable[[slice, Tensor], Tensor]) -> Tensor:
+def pair_grams(
+    images: TrainingImages, pair_weights: Callable[[slice, Tensor], Tensor], prior_precision: float
+) -> Tensor:
     """G_ab for all pairs a < b: (K(K-1)/2, D+1, D+1) float64.
 
     In float32, images whose weight cannot matter are left out: with v a fixed unit vector, ||G_ab|| >= sum_n
     w_n (v . phi~_n)^2, so leaving out the images whose w_n |phi~_n|^2 sum to at most 1e-6 of that changes G_ab
-    by less than 1e-6 of its norm.
+    by less than 1e-6 of its norm. That sum is kept below 1e-3 tau / K as well: the largest eigenvalue of sum_{a<b}
+    q_ab q_ab^T is K, so that the Hessian loses less than a thousandth of its smallest eigenvalue.
     """
     k, width = images.num_classes, images.num_features + 1
+    enough = _SKIPPED_OF_PRIOR * prior_precision / (k * len(images.labels) * size(images.group))
     grams = torch.zeros(k * (k - 1) // 2, width, width, dtype=torch.float64, device=images.device)
     direction = None
     for span, phi in images.chunks(_GRAM_ROWS):
@@ -81,7 +95,7 @@ def pair_grams(images: TrainingImages, pair_weights: Callable[[slice, Tensor], T
             weights = weights * images.image_weights[span, None].to(weights)
         if direction is None:
             direction = torch.nn.functional.normalize(rows.mean(0), dim=0)
-        keep = _kept(rows, weights, direction) if images.dtype == torch.float32 else None
+        keep = _kept(rows, weights, direction, enough * len(rows)) if images.dtype == torch.float32 else None
         for pair, weight in enumerate(weights.sqrt().T):
             if keep is None:
                 grams[pair] += weighted_gram(rows * weight[:, None])
@@ -92,13 +106,15 @@ def pair_grams(images: TrainingImages, pair_weights: Callable[[slice, Tensor], T
     return _mirror(images.total(grams))
 
 
-def _kept(rows: Tensor, weights: Tensor, direction: Tensor) -> Tensor:
-    """Which images count for which pair, (n, pairs): all but small ones whose norms sum to at most 1e-6 of the block's.
+def _kept(rows: Tensor, weights: Tensor, direction: Tensor, enough: float) -> Tensor:
+    """Which images count for which pair, (n, pairs): all but small ones whose norms sum to at most 1e-6 of the
+    block's, and to at most ``enough``.
 
     The limit below which an image is left out starts at its even share of that and doubles while the sum allows it.
     """
     share = weights * rows.square().sum(-1, keepdim=True)
     allowed = _SKIPPED_SHARE * (weights * (rows @ direction).square()[:, None]).sum(0)
+    allowed = allowed.clamp(max=enough)
     limit = allowed / len(rows)
     for _ in range(_DOUBLINGS):
         left_out = share.masked_fill(share > 2 * limit, 0).sum(0)
@@ -113,17 +129,43 @@ def _mirror(lower: Tensor) -> Tensor:
     return lower
 
 
+def check_full_fits(images: TrainingImages) -> None:
+    """Refuse a full Hessian that this machine's memory cannot hold, before anything is computed.
+
+    Its blocks, the matrix and its Cholesky factor are K(K-1)/2 E^2 + 2 ((K-1) E)^2 numbers of 8 bytes, E = D+1.
+
+    Raises:
+        ValueError: they are more than the memory.
+    """
+    k, width = images.num_classes, images.num_features + 1
+    need = 8 * (k * (k - 1) // 2 * width**2 + 2 * ((k - 1) * width) ** 2)
+    held = memory(images.device)
+    if need > held:
+        raise ValueError(
+            f"structure 'full' needs {need / 2**30:.3g} GiB for {k} classes of {width - 1} features, this machine has "
+            f"{held / 2**30:.3g}; choose 'kron' or 'diag', or check labels and num_classes"
+        )
+
+
 def full_covariance(
     images: TrainingImages, pair_weights: Callable[[slice, Tensor], Tensor], prior_precision: float
 ) -> FullCovariance:
     """The inverse Hessian with every correlation kept.
 
+    A pivot L_ii^2 of the Cholesky factor is what of H_ii the parameters before it leave over; with products of
+    rounding eps its own relative error is some eps H_ii / L_ii^2. Where that is above a thousandth in float32, for
+    collinear features under a weak prior, the products are taken in float64.
+
     Raises:
-        NotPositiveDefiniteError: the Hessian in floating point has a direction without curvature.
+        NotPositiveDefiniteError: the Hessian has a direction whose curvature float64 cannot hold.
     """
-    hessian = contrast_hessian(pair_grams(images, pair_weights), images.num_classes)
+    hessian = contrast_hessian(pair_grams(images, pair_weights, prior_precision), images.num_classes)
     hessian.diagonal().add_(prior_precision)
-    factor = cholesky(hessian, prior_precision)
+    factor, lost = _factor(hessian, images.dtype)
+    if lost > _LOST_DIGITS and images.dtype != torch.float64:
+        return full_covariance(replace(images, widened=True), pair_weights, prior_precision)
+    if lost > _LOST_DIGITS:
+        raise NotPositiveDefiniteError(_singular(hessian, lost, prior_precision))
     return FullCovariance(factor, prior_precision, images.num_classes)
 
 
@@ -133,24 +175,33 @@ def contrast_hessian(grams: Tensor, num_classes: int) -> Tensor:
     a, b = torch.triu_indices(num_classes, num_classes, 1, device=grams.device)
     contrast = basis[a] - basis[b]
     width, count = grams.shape[-1], num_classes - 1
-    i, j = torch.tril_indices(count, count, device=grams.device)
-    blocks = (contrast[:, i] * contrast[:, j]).T @ grams.flatten(1)
     hessian = grams.new_empty(count, width, count, width)
-    hessian[i, :, j] = hessian[j, :, i] = blocks.unflatten(1, (width, width))
+    for i in range(count):
+        blocks = (contrast[:, i, None] * contrast[:, : i + 1]).T @ grams.flatten(1)
+        hessian[i, :, : i + 1] = blocks.view(i + 1, width, width).transpose(0, 1)
+        hessian[: i + 1, :, i] = blocks.view(i + 1, width, width)
     return hessian.reshape(count * width, count * width)
 
 
-def cholesky(hessian: Tensor, prior_precision: float) -> Tensor:
-    """L with L L^T the Hessian, or the number that says why there is none."""
+def _factor(hessian: Tensor, products: torch.dtype) -> tuple[Tensor, float]:
+    """L with L L^T the Hessian, and the largest relative error of a pivot if its products had that type's rounding.
+
+    The error is infinite where there is no such L.
+    """
     factor, failed_at = torch.linalg.cholesky_ex(hessian)
     if int(failed_at):
-        largest = float(hessian.diagonal().max())
-        raise NotPositiveDefiniteError(
-            f"the Hessian is not positive definite in float64: pivot {int(failed_at)} of {len(hessian)} is not "
-            f"positive, the largest diagonal entry is {largest:.3g} against prior_precision {prior_precision:.3g}; "
-            "pass float64 features, standardise them, or raise prior_precision"
-        )
-    return factor
+        return factor, math.inf
+    share = hessian.diagonal() / factor.diagonal().square()
+    return factor, torch.finfo(products).eps * float(share.max())
+
+
+def _singular(hessian: Tensor, lost: float, prior_precision: float) -> str:
+    what = "has a direction without curvature" if lost == math.inf else f"leaves a pivot a relative error of {lost:.2g}"
+    return (
+        f"the Hessian is too near singular for float64: rounding {what}, with a largest diagonal entry of "
+        f"{float(hessian.diagonal().max()):.3g} against prior_precision {prior_precision:.3g}; standardise the "
+        "features, drop those that repeat others, or raise prior_precision"
+    )
 
 
 def kron_covariance(gram: Tensor, class_curvature: Tensor, prior_precision: float, num_images: float) -> KronCovariance:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from bayescam import storage
+from bayescam.errors import BayescamError, ConvergenceError, NotPositiveDefiniteError
 from bayescam.notebook import html_table
 from bayescam.posterior import predictive
 from bayescam.posterior import refine as refinement
 from bayescam.posterior.covariance import Covariance, DiagCovariance, FullCovariance, KronCovariance
 from bayescam.posterior.curvature import (
+    check_full_fits,
     class_curvature,
     diag_covariance,
     full_covariance,
@@ -25,7 +27,7 @@ from bayescam.posterior.curvature import (
     probabilities_at,
 )
 from bayescam.posterior.draws import Draws
-from bayescam.posterior.evidence import BRACKET, maximise
+from bayescam.posterior.evidence import BRACKET, Choice, maximise
 from bayescam.posterior.images import (
     TrainingImages,
     augment,
@@ -36,7 +38,7 @@ from bayescam.posterior.images import (
     whole_number,
 )
 from bayescam.posterior.laplace_file import SCALARS, STORED, read_laplace_file
-from bayescam.posterior.map import MapEstimate, find_map, whitening
+from bayescam.posterior.map import NEWTON_STEPS, TOLERANCE, MapEstimate, find_map, newton_step, not_found, whitening
 from bayescam.posterior.refine import Refinement
 
 if TYPE_CHECKING:
@@ -372,7 +374,9 @@ def fit_laplace(
     ends = _check_bracket(bracket)
     images = check_images(features, labels, num_classes=num_classes, class_weights=class_weights, group=group)
     weights = None if class_weights is None else check_class_weights(class_weights, images.num_classes, images.device)
-    whitener = whitening(images)
+    if structure == "full":
+        check_full_fits(images)
+    whitener = whitening(images, exact=structure == "kron")
     if tau is not None:
         return laplace_at(images, find_map(images, tau, whitener), whitener, tau, structure, weights)
     return _by_criterion(images, whitener, structure, weights, str(prior_precision), ends)
@@ -396,27 +400,46 @@ def _by_criterion(
     criterion: str,
     bracket: tuple[float, float],
 ) -> Laplace:
-    """The fit at the tau that maximises log evidence or the refined ELBO."""
-    best: list[Laplace] = []
+    """The fit at the tau that maximises log evidence or the refined ELBO.
+
+    A tau at which the numbers cannot be handled is left out, and the fit says so.
+    """
+    best: Laplace | None = None
+    highest = -math.inf
     start: Tensor | None = None
+    failures: dict[float, BayescamError] = {}
 
     def evaluate(tau: float) -> float:
-        nonlocal start
-        mode = find_map(images, tau, whitener, start=start)
+        nonlocal best, highest, start
+        try:
+            mode = find_map(images, tau, whitener, start=start)
+            fit = laplace_at(images, mode, whitener, tau, structure, class_weights)
+            score = fit.log_evidence if criterion == "evidence" else _bound(refinement.refine(fit, images))
+        except (ConvergenceError, NotPositiveDefiniteError) as error:
+            failures[tau] = error
+            return -math.inf
         start = mode.theta
-        fit = laplace_at(images, mode, whitener, tau, structure, class_weights)
-        score = fit.log_evidence if criterion == "evidence" else _bound(refinement.refine(fit, images))
-        if not best or score > scores[-1]:
-            best[:], scores[:] = [fit], [score]
+        if score > highest:
+            best, highest = fit, score
         return score
 
-    scores: list[float] = []
     choice = maximise(evaluate, bracket)
-    fit = best[0]
-    if choice.hit is None:
-        return fit
-    note = f"{criterion} still rises at the {choice.hit} end of the bracket, prior_precision = {fit.prior_precision:g}"
-    return replace(fit, notes=(*fit.notes, note))
+    if best is None:
+        raise failures[choice.prior_precision]
+    return replace(best, notes=(*best.notes, *_choice_notes(choice, criterion, failures)))
+
+
+def _choice_notes(choice: Choice, criterion: str, failures: Collection[float]) -> Iterator[str]:
+    """What a reader should know of the search over tau."""
+    if choice.hit is not None:
+        tau = f"prior_precision = {choice.prior_precision:g}"
+        yield f"{criterion} still rises at the {choice.hit} end of the bracket, {tau}"
+    if choice.others:
+        taus = ", ".join(f"{tau:.2g}" for tau in choice.others)
+        yield f"{criterion} has another maximum near prior_precision = {taus}, lower than the one chosen"
+    if failures:
+        taus = ", ".join(f"{tau:.2g}" for tau in sorted(failures))
+        yield f"left out of the search, as float64 cannot hold their Hessian or MAP: prior_precision = {taus}"
 
 
 def _bound(refined: Laplace) -> float:
@@ -433,7 +456,7 @@ def laplace_at(
     class_weights: Tensor | None,
 ) -> Laplace:
     """The Gaussian around a mode, with Laplace's evidence -U + P/2 log 2 pi - log det(H)/2."""
-    covariance = curvature_at(images, mode.theta, whitener, prior_precision, structure)
+    mode, covariance = _settled(images, mode, whitener, prior_precision, structure)
     log_evidence = -mode.value + mode.theta.numel() / 2 * math.log(2 * math.pi) - covariance.log_det_precision() / 2
     return Laplace(
         mode.theta[:, :-1].contiguous(),
@@ -443,16 +466,39 @@ def laplace_at(
         log_evidence,
         images.count(),
         float(mode.gradient.norm()),
-        float(covariance.whiten_gradient(mode.gradient).norm()) if structure == "full" else mode.decrement,
+        mode.decrement,
         notes=tuple(_notes(images, mode.theta)),
         class_weights=class_weights,
     )
+
+
+def _settled(
+    images: TrainingImages, mode: MapEstimate, whitener: KronCovariance, prior_precision: float, structure: str
+) -> tuple[MapEstimate, Covariance]:
+    """The mode and the covariance there.
+
+    For "full" the decrement is the exact one, by the Cholesky factor; where it is above the tolerance after all, Newton
+    steps with that factor go on, in float64.
+    """
+    covariance = curvature_at(images, mode.theta, whitener, prior_precision, structure)
+    if structure != "full":
+        return mode, covariance
+    for _ in range(NEWTON_STEPS):
+        whitened = covariance.whiten_gradient(mode.gradient)
+        mode = replace(mode, decrement=float(whitened.norm()))
+        if mode.decrement < TOLERANCE:
+            return mode, covariance
+        images = replace(images, widened=True)
+        mode = newton_step(mode, covariance.unwhiten(whitened), images, prior_precision)
+        covariance = curvature_at(images, mode.theta, whitener, prior_precision, structure)
+    raise not_found(mode.decrement, mode.value)
 
 
 def curvature_at(
     images: TrainingImages, theta: Tensor, whitener: KronCovariance, prior_precision: float, structure: str
 ) -> Covariance:
     """The inverse Hessian at theta (K, D+1) in one of the structures."""
+    images = replace(images, widened=True) if structure == "kron" else images
     probabilities = probabilities_at(theta, images)
     if structure == "full":
         return full_covariance(images, lambda span, phi: pair_products(probabilities(span, phi)), prior_precision)

@@ -8,7 +8,6 @@ its own shard, and every evaluation of the potential is all-reduced: one message
 from __future__ import annotations
 
 import hashlib
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bayescam.parallel import from_first, rank, size
+from bayescam.parallel import from_first, memory, rank, size
 from bayescam.posterior.images import TrainingImages, as_features
 from bayescam.posterior.nuts_chain import STATISTICS, Chain, ChainSettings, sample_chain
 from bayescam.posterior.nuts_problem import Problem
@@ -32,17 +31,9 @@ _SHARE = 0.25
 def fits(images: TrainingImages) -> bool:
     """Whether a copy of all images on every rank takes less than a quarter of the memory, on the poorest machine."""
     need = images.count() * (images.num_features + 2 * images.num_classes) * torch.finfo(images.dtype).bits // 8
-    fit = torch.tensor(float(need < _SHARE * _memory(images.device)), device=images.device)
+    fit = torch.tensor(float(need < _SHARE * memory(images.device)), device=images.device)
     dist.all_reduce(fit, op=dist.ReduceOp.MIN, group=images.group)
     return bool(fit)
-
-
-def _memory(device: torch.device) -> float:
-    """Bytes of memory for a rank on this device."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks_here
 
 
 def gathered(images: TrainingImages) -> TrainingImages:

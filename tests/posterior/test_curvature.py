@@ -9,7 +9,7 @@ from bayescam.errors import NotPositiveDefiniteError
 from bayescam.posterior import curvature
 from bayescam.posterior.covariance import contrast_basis
 from bayescam.posterior.curvature import (
-    cholesky,
+    check_full_fits,
     diag_covariance,
     full_covariance,
     hessian_product,
@@ -105,17 +105,44 @@ def test_rows_left_out_change_no_block_by_a_millionth():
     logits = torch.randn(3000, 4) * torch.logspace(-1, 1.5, 3000)[:, None]
     weights = pair_products(logits.softmax(1))
     rows = augment(phi)
-    kept = curvature._kept(rows, weights, torch.nn.functional.normalize(rows.mean(0), dim=0))
+    kept = curvature._kept(rows, weights, torch.nn.functional.normalize(rows.mean(0), dim=0), 1e9)
     assert 0.05 < float(kept.float().mean()) < 0.95
     wide = check_images(phi.double(), torch.arange(3000) % 4)
-    exact = pair_grams(wide, lambda span, _: weights[span].double())
-    thinned = pair_grams(wide, lambda span, _: (weights * kept)[span].double())
+    exact = pair_grams(wide, lambda span, _: weights[span].double(), 1e9)
+    thinned = pair_grams(wide, lambda span, _: (weights * kept)[span].double(), 1e9)
     norms = torch.linalg.matrix_norm(exact)
     assert float((torch.linalg.matrix_norm(exact - thinned) / norms).max()) < 1e-6
-    found = pair_grams(images, lambda span, _: weights[span])
+    found = pair_grams(images, lambda span, _: weights[span], 1e9)
     assert float((torch.linalg.matrix_norm(exact - found) / norms).max()) < 2e-6
 
 
-def test_a_matrix_that_is_not_positive_definite_raises_with_the_number():
-    with pytest.raises(NotPositiveDefiniteError, match=r"pivot 2 of 2.*prior_precision 0.5"):
-        cholesky(torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64), 0.5)
+def test_rows_left_out_are_small_beside_the_prior():
+    """A thousand long rows of one class of pictures hide a few short ones, which alone speak for the second feature."""
+    phi = torch.zeros(1500, 2)
+    phi[:1000, 0], phi[1000:, 1] = 1000 * torch.rand(1000), 1.0
+    images, wide = (check_images(rows, torch.arange(1500) % 2) for rows in (phi, phi.double()))
+    weights = torch.full((1500, 1), 0.1)
+    weights[1000:] = 0.01
+    lost = pair_grams(wide, lambda span, _: weights[span].double(), 0.1) - pair_grams(
+        images, lambda span, _: weights[span], 0.1
+    )
+    assert float(lost[0, 1, 1].abs()) < 1e-3 * 0.1 / 2
+    scaled = pair_grams(images, lambda span, _: weights[span], 1e12)
+    assert float(scaled[0, 1, 1]) < 0.1  # what a bound by the block's norm alone would let go
+
+
+def test_what_float64_cannot_hold_raises_with_the_number():
+    phi = torch.randn(50, 2, dtype=torch.float64)
+    repeated = check_images(torch.cat([phi, 10 * phi], dim=1), torch.arange(50) % 3)
+    with pytest.raises(NotPositiveDefiniteError, match=r"prior_precision 1e-13; standardise the features"):
+        full_covariance(repeated, lambda span, _: torch.full((len(repeated.labels[span]), 3), 0.1), 1e-13)
+    far = full_covariance(repeated, lambda span, _: torch.full((len(repeated.labels[span]), 3), 0.1), 1e-6)
+    assert bool(torch.isfinite(far.precision_cholesky).all())
+
+
+def test_a_hessian_that_no_memory_holds_is_refused_before_anything_is_computed(monkeypatch):
+    images = check_images(torch.randn(4, 2048), torch.tensor([0, 1, 2, 999]))
+    monkeypatch.setattr(curvature, "memory", lambda _: 24 * 2.0**30)
+    with pytest.raises(ValueError, match=r"'full' needs .* GiB for 1000 classes of 2048 features.*'kron' or 'diag'"):
+        check_full_fits(images)
+    check_full_fits(check_images(torch.randn(4, 2048), torch.tensor([0, 1, 2, 6])))

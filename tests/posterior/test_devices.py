@@ -66,7 +66,7 @@ def test_sums_over_images_stay_there_and_are_float64(images):
     is_there(diag_covariance(images, probabilities_at(theta, images), 1.0).precision)
     if images.dtype == torch.float64:  # in float32 the images that matter are looked up: a shape that hangs on numbers
         proba = probabilities_at(theta, images)
-        is_there(pair_grams(images, lambda span, phi: pair_products(proba(span, phi))))
+        is_there(pair_grams(images, lambda span, phi: pair_products(proba(span, phi)), 1.0))
 
 
 @pytest.mark.parametrize("structure", ["full", "kron", "diag"])
