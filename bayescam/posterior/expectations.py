@@ -51,8 +51,9 @@ def normal_rule(dimension: int, num_points: int, *, seed: int = 0, tails: bool =
         dimension: of z.
         num_points: T >= 2, even.
         seed: of the scramble.
-        tails: spread the points out as Normal(0, c^2), with the weights' variance 1 that this costs: (c^2 / sqrt(2 c^2
-            - 1))^dimension = 2. Rare events meet more points of less weight.
+        tails: spread the points out as Normal(0, c^2), with the variance v of weights that this costs,
+            (c^2 / sqrt(2 c^2 - 1))^dimension = 1 + v. Rare events meet more points of less weight. v = 1, in
+            more than 4 dimensions 4 / dimension: normalised weights bias by v / T, the more the more dimensions.
 
     Raises:
         ValueError: num_points is odd or below 2.
@@ -64,7 +65,7 @@ def normal_rule(dimension: int, num_points: int, *, seed: int = 0, tails: bool =
     points = torch.cat([half, -half])
     weights = torch.full((num_points,), 1 / num_points, dtype=torch.float64)
     if tails:
-        excess = 4 ** (1 / dimension) - 1
+        excess = (1 + min(1.0, 4 / dimension)) ** (2 / dimension) - 1
         stretch = 1 + excess + math.sqrt(excess * (1 + excess))
         weights = (-0.5 * (stretch - 1) * points.square().sum(1)).softmax(0)
         points = math.sqrt(stretch) * points
@@ -102,7 +103,7 @@ def logistic_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Te
         spread = (variance + sd**2).sqrt()
         t = mean / spread
         density = (-0.5 * t * t).exp() * (weight / math.sqrt(2 * math.pi))
-        below = torch.special.ndtr(t) * weight
+        below = torch.special.erfc(-math.sqrt(0.5) * t) * (weight / 2)
         soft += mean * below + spread * density
         step += below
         slope += density / spread

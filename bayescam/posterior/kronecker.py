@@ -18,6 +18,8 @@ takes a product of N x (D+1) and (D+1) x (K-1)^2, A' takes K-1 weighted Gram mat
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -25,15 +27,18 @@ from bayescam.posterior.covariance import KronCovariance, contrast_basis
 from bayescam.posterior.curvature import weighted_gram
 from bayescam.posterior.images import TrainingImages, augment
 
+_ELEMENTS = 1 << 23
+
 
 def projected_factors(images: TrainingImages, covariance: KronCovariance, products: Tensor) -> Tensor:
-    """B' (K, K) and A' / s (D+1, D+1) at this covariance, joined in one vector.
+    """B' (K, K) and A' / s (D+1, D+1) at this covariance, joined in one vector; in float64, whatever the features are.
 
     Args:
         images: the training images.
         covariance: of q.
         products: E_q[p_na p_nb] for a < b, (N, K(K-1)/2).
     """
+    images = replace(images, widened=True)
     a, b, r = covariance.feature_values, covariance.class_values, covariance.eigenvalues.reciprocal()
     along_classes, along_features = _contract(images, covariance, products)
     own_classes = torch.einsum("e,ie,je->ij", a.square(), r, r)
@@ -66,9 +71,9 @@ def _contract(images: TrainingImages, covariance: KronCovariance, products: Tens
     between = torch.einsum("e,ie,je->ije", covariance.feature_values, r, r).flatten(0, 1).T.to(images.dtype)
     along_classes = torch.zeros((k - 1) ** 2, dtype=torch.float64, device=images.device)
     along_features = torch.zeros_like(covariance.feature_vectors)
-    for span, phi in images.chunks():
+    for span, phi in images.chunks(max(256, _ELEMENTS // (k * max(k, images.num_features)))):
         rows = augment(phi) @ local.feature_vectors
-        curvature = _curvature(products[span], local.class_vectors)
+        curvature = _curvature(products[span].to(rows), local.class_vectors)
         if images.image_weights is not None:
             curvature = curvature * images.image_weights[span, None, None].to(curvature)
         along_classes += ((rows.square() @ between) * curvature.flatten(1)).sum(0, dtype=torch.float64)

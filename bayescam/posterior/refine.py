@@ -39,12 +39,14 @@ hoc.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from bayescam.parallel import memory
 from bayescam.posterior.covariance import Covariance, DiagCovariance, KronCovariance
 from bayescam.posterior.curvature import full_covariance
 from bayescam.posterior.expectations import LogitRule, Moments, expected_loss, logit_rule, logit_scales, moments
@@ -57,6 +59,9 @@ if TYPE_CHECKING:
 
 MAX_CURVATURES = 25
 TOLERANCES = (0.25, 0.01, 0.05)
+_RULE_ERROR = 0.2
+_STOPPED = "refinement stopped"
+_UNSURE = "the rule of points leaves"
 _WHOLE_STEPS = 2
 _LATER_STEP = {"full": 0.5, "kron": 0.7, "diag": 1.0}
 _SHORTEST_STEP = 1 / 16
@@ -76,7 +81,7 @@ class Refinement:
             sds.
         sd_change: likewise the logarithms of the sds of the training images' margins f_k - f_y, rms.
         elbo_change: likewise the ELBO, in nats.
-        rule_error: |ELBO by this rule - ELBO by one of twice as many other points|, in nats.
+        rule_error: |ELBO by this rule - ELBO by one of eight times as many other points|, in nats.
         converged: whether the three changes were below ``TOLERANCES``.
     """
 
@@ -126,15 +131,31 @@ def refine(laplace: Laplace, images: TrainingImages, *, num_points: int | None =
         raise ValueError(f"features holds {count} images, the posterior was fitted to {laplace.num_train}; give those")
     if num_points is None:
         num_points = next(points for least, points in _POINTS if count >= least)
+    _check_memory(images, laplace.structure)
     rule = logit_rule(images, laplace.theta_mean, laplace.covariance, num_points, 0)
     problem = _Problem(images, rule, laplace.prior_precision)
     scales = logit_scales(images, laplace.covariance)
     state, record = _climb(problem, _assess(problem, laplace.theta_mean, laplace.covariance, scales, None))
-    other = logit_rule(images, laplace.theta_mean, laplace.covariance, 2 * num_points, 1)
+    other = logit_rule(images, laplace.theta_mean, laplace.covariance, 8 * num_points, 1)
     loss, _ = expected_loss(images, state.theta, state.covariance, state.scales, other)
     bound = elbo(images, state.theta, state.covariance, loss, problem.tau)
     record = replace(record, rule_error=abs(bound - state.elbo))
     return _result(laplace, state, record, num_points)
+
+
+def _check_memory(images: TrainingImages, structure: str) -> None:
+    """Refuse expectations that this machine's memory cannot hold: the pairs of classes of all images, three times, and
+    for "kron" the weights that project them, (K-1)^2 (D+1)."""
+    if structure == "diag":
+        return
+    k, width = images.num_classes, images.num_features + 1
+    own = 3 * len(images.labels) * k * (k - 1) // 2 * torch.finfo(images.dtype).bits // 8
+    need, held = own + (16 * k * k * width if structure == "kron" else 0), memory(images.device)
+    if need > held:
+        raise ValueError(
+            f"refining structure {structure!r} needs {need / 2**30:.3g} GiB for {k} classes of {width - 1} features "
+            f"and {len(images.labels)} images, this machine has {held / 2**30:.3g}; refine a fit of structure 'diag'"
+        )
 
 
 def _climb(problem: _Problem, state: _State) -> tuple[_State, Refinement]:
@@ -260,15 +281,23 @@ def _covariance(images: TrainingImages, natural: Tensor, like: Covariance, tau: 
     return full_covariance(images, lambda span, _: table[span], tau)
 
 
-def _result(laplace: Laplace, state: _State, record: Refinement, num_points: int) -> Laplace:
-    notes = laplace.notes
+def _how_it_ended(record: Refinement, num_points: int) -> Iterator[str]:
+    """What a reader should know of a refinement that is not at its end, or whose rule is too coarse."""
+    finer = f"give refine more num_points than {num_points}"
     if not record.converged:
-        notes = (
-            *notes,
-            f"refinement stopped after {record.curvatures} curvatures short of its fixed point: one step moved the "
-            f"mean by {record.mean_change:.2g} sds, the margins' sds by {100 * record.sd_change:.2g} % and the ELBO by "
-            f"{record.elbo_change:.2g} nats; give refine more num_points than {num_points}",
+        onwards = "refine the result again" if record.curvatures == MAX_CURVATURES else finer
+        yield (
+            f"{_STOPPED} after {record.curvatures} curvatures short of its fixed point: one step moved the mean by "
+            f"{record.mean_change:.2g} sds, the margins' sds by {100 * record.sd_change:.2g} % and the ELBO by "
+            f"{record.elbo_change:.2g} nats; {onwards}"
         )
+    if record.rule_error > _RULE_ERROR:
+        yield f"{_UNSURE} the ELBO uncertain by {record.rule_error:.2g} nats; {finer}"
+
+
+def _result(laplace: Laplace, state: _State, record: Refinement, num_points: int) -> Laplace:
+    earlier = (note for note in laplace.notes if not note.startswith((_STOPPED, _UNSURE)))
+    notes = (*earlier, *_how_it_ended(record, num_points))
     return replace(
         laplace,
         weight_mean=state.theta[:, :-1].contiguous(),

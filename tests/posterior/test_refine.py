@@ -269,7 +269,32 @@ def test_what_stops_short_says_so_and_what_to_do(monkeypatch):
     refined = bc.fit_laplace(phi, labels, prior_precision=0.1).refine(phi, labels)
     assert not refined.refinement.converged
     assert "stopped after 1 curvatures short of its fixed point" in refined.notes[-1]
-    assert "more num_points than 512" in refined.notes[-1]
+    assert refined.notes[-1].endswith("nats; refine the result again")
+    monkeypatch.undo()
+    again = refined.refine(phi, labels)
+    assert again.refinement.converged
+    assert not any("refinement stopped" in note for note in again.notes)
+
+
+def test_a_rule_that_is_too_coarse_says_so():
+    """What the rule's error is said to be is what it is: against 16,384 points."""
+    phi, labels = problem(60, 4, 16)
+    refined = bc.fit_laplace(phi, labels, num_classes=16, prior_precision=0.1).refine(phi, labels, num_points=128)
+    images = check_images(phi, labels, num_classes=16)
+    many = LogitRule(normal_rule(refined.covariance.logit_rank, 1 << 14, seed=5), torch.zeros(60).double())
+    scales = logit_scales(images, refined.covariance)
+    loss, _ = expected_loss(images, refined.theta_mean, refined.covariance, scales, many)
+    error = abs(refined.elbo - elbo(images, refined.theta_mean, refined.covariance, loss, 0.1))
+    assert error > 0.2
+    assert refined.refinement.rule_error == pytest.approx(error, rel=0.35)
+    assert "give refine more num_points than 128" in refined.notes[-1]
+
+
+def test_more_pairs_than_memory_holds_are_refused(monkeypatch):
+    phi, labels, fit = fitted("kron")
+    monkeypatch.setattr("bayescam.posterior.refine.memory", lambda _: 1000.0)
+    with pytest.raises(ValueError, match=r"structure 'kron' needs .* GiB for 3 classes of 2 features and 40 images"):
+        fit.refine(phi, labels)
 
 
 @pytest.mark.slow
