@@ -18,22 +18,25 @@ from bayescam.doctor import resolve_device
 from bayescam.errors import BayescamError, UsageError
 from bayescam.explain.cam import CamPosterior
 from bayescam.explain.gradcam import explanation_maps
-from bayescam.posterior.laplace import Laplace, load_laplace
+from bayescam.posterior.draws import Draws
+from bayescam.posterior.laplace import Laplace
+from bayescam.posterior.predictive import predict_proba
 from bayescam.runfolder import of_images, verified
-from bayescam.stages.state import chosen_posterior
-from bayescam.storage import atomic_path, printable
+from bayescam.stages.state import chosen_posterior, load_posterior
+from bayescam.storage import atomic_path, printable, read_json
 
 _DRAWS = 4000
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """What a run folder gives to new images: the network, the posterior its verdict chose, the class names."""
+    """What a run folder gives to new images: the network, the posterior that its verdict chose, the class names."""
 
     backbone: Backbone
-    posterior: Laplace
+    posterior: Laplace | Draws
     classes: tuple[str, ...]
     method: str
+    verdict: str
     device: str
 
 
@@ -48,6 +51,7 @@ class Prediction:
         entropy: of the mean probabilities, in nats.
         mutual_information: between label and weights, in nats: the part of the entropy that more data could remove.
         method: the posterior that was used.
+        verdict: on the run's Laplace posterior; "undecided" where nothing checked the one that was used.
     """
 
     image: str
@@ -58,6 +62,7 @@ class Prediction:
     entropy: float
     mutual_information: float
     method: str
+    verdict: str
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON: one entry a class, most probable first."""
@@ -68,6 +73,7 @@ class Prediction:
             "entropy_nats": self.entropy,
             "mutual_information_nats": self.mutual_information,
             "posterior": self.method,
+            "verdict": self.verdict,
         }
 
 
@@ -80,12 +86,13 @@ def load_run(run: Path, *, device: str = "auto") -> LoadedRun:
     verified(of_images(run), "comparison.json", "backbone.safetensors")
     method, file = chosen_posterior(run)
     verified(run, file)
+    verdict = read_json(run / "comparison.json")["verdict"]
     used = resolve_device(device)
     backbone, classes = Backbone.load(run / "backbone.safetensors")
-    posterior = load_laplace(run / file)
-    if posterior.weight_mean.shape != backbone.head.weight.shape:
+    posterior = load_posterior(run, method)
+    if (posterior.num_classes, posterior.num_features) != backbone.head.weight.shape:
         raise BayescamError(f"{run / file}: does not fit the run's backbone; run again")
-    return LoadedRun(backbone.to(used), posterior, classes, method, used)
+    return LoadedRun(backbone.to(used), posterior, classes, method, verdict, used)
 
 
 def _squares(run: LoadedRun, paths: Sequence[str]) -> tuple[list[np.ndarray], list[Geometry], Tensor]:
@@ -116,12 +123,16 @@ def predict_images(run: LoadedRun, paths: Sequence[str]) -> list[Prediction]:
     _, _, squares = _squares(run, paths)
     with run.backbone.evaluating():
         features = run.backbone.pool(run.backbone.maps(squares.to(run.device))).cpu().double()
-    draws = run.posterior.sample(_DRAWS, seed=0)
+    draws = run.posterior.sample(_DRAWS, seed=0) if isinstance(run.posterior, Laplace) else run.posterior
     weight, bias = draws.flat()
     predictions = []
     for path, phi in zip(paths, features, strict=True):
         probs = torch.softmax(weight.double() @ phi + bias.double(), dim=-1)
-        mean = run.posterior.predict_proba(phi[None].to(run.posterior.weight_mean.dtype))[0].double()
+        mean = (
+            run.posterior.predict_proba(phi[None])[0]
+            if isinstance(run.posterior, Laplace)
+            else predict_proba(draws, phi[None])[0]
+        ).double()
         low, high = torch.quantile(probs, torch.tensor([0.05, 0.95], dtype=torch.float64), dim=0)
         average = probs.mean(0)
         information = float(entropy(average[None])[0] - entropy(probs).mean())
@@ -135,6 +146,7 @@ def predict_images(run: LoadedRun, paths: Sequence[str]) -> list[Prediction]:
                 float(entropy(mean[None])[0]),
                 max(information, 0.0),
                 run.method,
+                run.verdict,
             )
         )
     return predictions
@@ -144,6 +156,8 @@ def prediction_table(predictions: Sequence[Prediction]) -> str:
     """The predictions for a terminal."""
     width = max(len(name) for name in predictions[0].classes)
     lines = [f"posterior: {predictions[0].method}; probability [90 % credible interval]"]
+    if predictions[0].verdict == "undecided":
+        lines.append("nothing checked this posterior, as NUTS did not converge: run again with --preset thorough")
     for prediction in predictions:
         lines.append(
             f"\n{prediction.image}\n  entropy {prediction.entropy:.3f} nat, "

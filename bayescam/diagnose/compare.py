@@ -13,7 +13,14 @@ from torch import Tensor
 
 from bayescam.diagnose.convergence import Convergence, convergence, probability_convergence
 from bayescam.diagnose.importance import importances
-from bayescam.diagnose.intervals import Interval, interval, resampled_mean, resampled_metrics
+from bayescam.diagnose.intervals import (
+    Interval,
+    count_groups,
+    interval,
+    resampled_mean,
+    resampled_metrics,
+    share_interval,
+)
 from bayescam.diagnose.weight_agreement import halves, weight_agreement
 from bayescam.notebook import html_table
 from bayescam.posterior.draws import Draws
@@ -26,6 +33,12 @@ if TYPE_CHECKING:
 
 Verdict = Literal["laplace", "refine", "nuts", "undecided"]
 
+SPEAKERS: Mapping[str, str] = {
+    "laplace": "laplace_full",
+    "refine": "laplace_refined",
+    "nuts": "nuts",
+    "undecided": "laplace_refined",  # unchecked, and said to be
+}
 MAX_TOTAL_VARIATION = 0.01
 MAX_NLL_DIFFERENCE = 0.01
 MAX_RHAT = 1.05
@@ -105,8 +118,9 @@ def compare_posteriors(
     """Compare Gaussian posteriors with NUTS where it matters, in predictions, and in weights and maps.
 
     Total variation of two predictives is 1/2 mean_n sum_k |p_nk - q_nk|. A Gaussian is close enough if it is at most
-    max(.01, twice NUTS half against half) from NUTS and the mean NLL differs by at most .01. NUTS has converged if the
-    R-hat of the predicted probabilities is below 1.05 and their ESS above 100.
+    max(.01, twice NUTS half against half) from NUTS and the mean NLL differs by at most
+    max(.01, twice NUTS half against half) too: what NUTS's own halves do not agree on cannot tell it from a Gaussian.
+    NUTS has converged if the R-hat of the predicted probabilities is below 1.05 and their ESS above 100.
 
     Args:
         laplace: the Gaussian around the MAP.
@@ -153,8 +167,7 @@ def compare_posteriors(
         {} if maps is None else {name: _cams(maps, one, nuts.draws) for name, one in gaussians.items()},
         {name: asdict(one) for name, one in weighed.items()},
         {
-            "total_variation": _allowed(predictive),
-            "nll_difference": MAX_NLL_DIFFERENCE,
+            **limits(predictive),
             "rhat": MAX_RHAT,
             "ess": MIN_ESS,
         },
@@ -213,20 +226,23 @@ def _against(
         "mutual_information_difference": more,
     }
     row: dict[str, float] = {}
+    count = count_groups(groups)
     for name, values in by_image.items():
-        row |= _with_bounds(name, resampled_mean(values.cpu().numpy(), groups))
+        row |= _with_bounds(name, resampled_mean(values.cpu().numpy(), groups), count)
     row["total_variation_max"] = float(by_image["total_variation"].max())
     row["mutual_information_rms"] = float(more.square().mean().sqrt())
     if truth is None:
         return row
     own, theirs = (resampled_metrics(p.cpu().numpy(), truth.cpu().numpy(), groups) for p in (proba, other))
     for name in ("nll", "ece", "brier", "accuracy"):
-        row |= _with_bounds(name, own[name]) | _with_bounds(f"{name}_difference", own[name] - theirs[name])
+        row |= _with_bounds(name, own[name], count)
+        row |= _with_bounds(f"{name}_difference", own[name] - theirs[name], count)
     return row
 
 
-def _with_bounds(name: str, values: np.ndarray) -> dict[str, float]:
-    found = interval(values)
+def _with_bounds(name: str, values: np.ndarray, num_groups: int) -> dict[str, float]:
+    shares = name in ("agreement", "accuracy")
+    found = (share_interval if shares else interval)(values, num_groups=num_groups)
     return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
@@ -234,45 +250,47 @@ def _with_interval(row: Mapping[str, float], name: str) -> str:
     return f"{Interval(row[name], row[f'{name}_low'], row[f'{name}_high']):.4f}"
 
 
-def _allowed(predictive: Mapping[str, Mapping[str, float]]) -> float:
-    return max(MAX_TOTAL_VARIATION, 2 * predictive["nuts_half"]["total_variation"])
+def limits(predictive: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """How far from NUTS is close enough, in total variation and, with labels, in NLL: what two halves of NUTS's own
+    draws differ by, twice, and at least .01."""
+    half = predictive["nuts_half"]
+    found = {"total_variation": max(MAX_TOTAL_VARIATION, 2 * half["total_variation"])}
+    if "nll_difference" in half:
+        found["nll_difference"] = max(MAX_NLL_DIFFERENCE, 2 * abs(half["nll_difference"]))
+    return found
 
 
 def _verdict(converged: Convergence, predictive: Mapping[str, Mapping[str, float]]) -> tuple[Verdict, str]:
-    allowed = _allowed(predictive)
-    noise = f"allowed {allowed:.3f}, NUTS half against half {predictive['nuts_half']['total_variation']:.4f}"
     if not (converged.rhat < MAX_RHAT and converged.ess_bulk > MIN_ESS):
         return "undecided", (
             f"NUTS has not converged (R-hat {converged.rhat:.3f}, ESS {converged.ess_bulk:.0f} of the predicted "
             "probabilities), so nothing can be said about Laplace; draw more, or warm up longer."
         )
-    laplace = predictive["laplace"]
+    allowed = limits(predictive)
+    noise = f"NUTS half against half: {_distance(predictive['nuts_half'], {})}"
+    laplace, refined = predictive["laplace"], predictive.get("refined")
     if _close(laplace, allowed):
-        return "laplace", f"Laplace predicts like NUTS: {_distance(laplace)} ({noise})."
-    refined = predictive.get("refined")
+        return "laplace", f"Laplace predicts like NUTS: {_distance(laplace, allowed)}. {noise}."
+    far = f"Laplace does not predict like NUTS ({_distance(laplace, allowed)})"
     if refined is None:
-        return "nuts", (
-            f"Laplace does not predict like NUTS: {_distance(laplace)} ({noise}); use NUTS, or try refine()."
-        )
+        return "nuts", f"{far}; use NUTS, or try refine(). {noise}."
     if _close(refined, allowed):
-        return "refine", (
-            f"Laplace does not predict like NUTS ({_distance(laplace)}), but the refined Gaussian does: "
-            f"{_distance(refined)} ({noise})."
-        )
-    return "nuts", (
-        f"Neither Laplace ({_distance(laplace)}) nor the refined Gaussian ({_distance(refined)}) predicts like NUTS "
-        f"({noise}); use the NUTS draws."
-    )
+        return "refine", f"{far}, but the refined Gaussian does ({_distance(refined, allowed)}). {noise}."
+    return "nuts", f"{far}, nor does the refined Gaussian ({_distance(refined, allowed)}); use the NUTS draws. {noise}."
 
 
-def _close(row: Mapping[str, float], allowed: float) -> bool:
-    near = row["total_variation"] <= allowed
-    return near and abs(row.get("nll_difference", 0.0)) <= MAX_NLL_DIFFERENCE
+def _close(row: Mapping[str, float], allowed: Mapping[str, float]) -> bool:
+    return all(abs(row[key]) <= limit for key, limit in allowed.items())
 
 
-def _distance(row: Mapping[str, float]) -> str:
-    words = f"total variation {row['total_variation']:.4f}"
-    return words + (f", NLL {row['nll_difference']:+z.4f}" if "nll_difference" in row else "")
+def _distance(row: Mapping[str, float], allowed: Mapping[str, float]) -> str:
+    """The distances in words, each with its limit where there is one."""
+    parts = []
+    for key, words, shown in (("total_variation", "total variation", ".4f"), ("nll_difference", "NLL", "+z.4f")):
+        if key in row:
+            kept = "within" if abs(row[key]) <= allowed.get(key, 0.0) else "beyond"
+            parts.append(f"{words} {row[key]:{shown}}" + (f", {kept} {allowed[key]:.4f}" if key in allowed else ""))
+    return ("; " if allowed else ", ").join(parts)
 
 
 def _cams(maps: Tensor, gaussian: Laplace, draws: Draws) -> dict[str, float]:

@@ -274,4 +274,6 @@ def comparison_checks(comparison: FoundComparison, name: str) -> list[Check]:
     if not comparison.has_labels(name):
         return [*checks, Check.skipped(name, worse, "compared without labels", decides=False)]
     difference = comparison.predictive(name, "nll_difference")
-    return [*checks, Check.of(name, worse, difference, "within", MAX_NLL_DIFFERENCE, " of 0")]
+    limit = max(MAX_NLL_DIFFERENCE, 2 * abs(comparison.predictive("nuts_half", "nll_difference")))
+    why = f" of 0 (twice NUTS half against half, at least {MAX_NLL_DIFFERENCE})"
+    return [*checks, Check.of(name, worse, difference, "within", limit, why)]

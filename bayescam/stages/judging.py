@@ -101,9 +101,7 @@ def _uncertainty(state: RunState, predictions: Any) -> dict[str, dict[str, Any]]
 
 def _table(methods: dict[str, dict[str, Interval]], num_test: int, words: str, temperature: float) -> str:
     if bound := bound_hit(temperature):
-        words += (
-            f" The temperature, {temperature:g}, is at its {bound} bound: the valid loss still falls there."
-        )
+        words += f" The temperature, {temperature:g}, is at its {bound} bound: the valid loss still falls there."
     lines = [
         f"Test split, {num_test} images. {words} ECE: 15 bins of equal width. NLL in nats, lower is better.",
         "",

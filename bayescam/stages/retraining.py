@@ -13,7 +13,7 @@ from torch import Tensor
 from bayescam.backbone.network import Backbone
 from bayescam.backbone.training import TrainingSettings, train_backbone
 from bayescam.posterior.laplace import fit_laplace
-from bayescam.stages.state import INTERVAL_LEVEL, RunState, chosen_posterior
+from bayescam.stages.state import INTERVAL_LEVEL, RunState, chosen_posterior, load_posterior
 from bayescam.storage import write_text
 
 _MAPPED = 64
@@ -75,7 +75,8 @@ def _map_sd(state: RunState) -> Tensor:
     """Posterior sd of the run's own maps, (n, K, h, w)."""
     from bayescam.explain.cam import CamPosterior
 
-    return CamPosterior(_mapped(state, state.backbone), state.gaussians[chosen_posterior(state.folder.path)[0]]).sd
+    method, _ = chosen_posterior(state.folder.path)
+    return CamPosterior(_mapped(state, state.backbone), load_posterior(state.folder.path, method)).sd
 
 
 def _spread(

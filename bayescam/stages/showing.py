@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from bayescam.errors import BayescamError
-from bayescam.posterior.laplace import load_laplace
-from bayescam.stages.state import INTERVAL_LEVEL, RunState, chosen_posterior, warn
+from bayescam.stages.state import INTERVAL_LEVEL, RunState, chosen_posterior, load_posterior, warn
 from bayescam.storage import load_netcdf, write_text
 
 _MARKED = 100  # test images of which the report says whether the model looks at the marker
@@ -56,17 +55,17 @@ def cams(state: RunState) -> None:
     if folder.done("cams"):
         return
     with folder.stage("cams", ["cams.nc"]):
-        method, file = chosen_posterior(folder.path)
+        method, _ = chosen_posterior(folder.path)
         predictions = load_netcdf(folder / "predictions.nc").sel({"method": method})
         gallery, sizes = _gallery(predictions, state.config.explain.num_images)
-        outranks, marker = _marker(state, gallery, predictions["probs"].values.argmax(1), file)
-        found = _maps(state, state.rows("test")[gallery], predictions.isel(obs_id=gallery), file)
+        outranks, marker = _marker(state, gallery, predictions["probs"].values.argmax(1), method)
+        found = _maps(state, state.rows("test")[gallery], predictions.isel(obs_id=gallery), method)
         found["marker_outranks"] = (("obs_id",), outranks)
         found.attrs |= {"posterior": method, **sizes, **marker}
         save_dataset(found, folder / "cams.nc")
 
 
-def _maps(state: RunState, rows: np.ndarray, chosen: Any, file: str) -> Any:
+def _maps(state: RunState, rows: np.ndarray, chosen: Any, method: str) -> Any:
     """The images of ``rows``, their maps' mean and sd, and what was predicted for them; two are of that class."""
     import xarray as xr
 
@@ -76,7 +75,7 @@ def _maps(state: RunState, rows: np.ndarray, chosen: Any, file: str) -> Any:
 
     images = state.pixels.batch(rows)
     maps = explanation_maps(state.backbone, images.to(state.device)).cpu()
-    posterior = CamPosterior(maps.double(), load_laplace(state.folder / file))
+    posterior = CamPosterior(maps.double(), load_posterior(state.folder.path, method))
     predicted = torch.from_numpy(chosen["probs"].values.argmax(1))
     geometry = [asdict(state.pixels.geometry[i]) for i in rows]
     return xr.Dataset(
@@ -109,7 +108,7 @@ def _maps(state: RunState, rows: np.ndarray, chosen: Any, file: str) -> Any:
 
 
 def _marker(
-    state: RunState, gallery: np.ndarray, predicted: np.ndarray, file: str
+    state: RunState, gallery: np.ndarray, predicted: np.ndarray, method: str
 ) -> tuple[np.ndarray, dict[str, float | int]]:
     """P(the lead marker outranks the bones) where both have masks: of the gallery, nan else; a mean of more images.
 
@@ -127,7 +126,7 @@ def _marker(
     told = np.array([n for n, named in enumerate(masks) if "marker" in named], dtype=int)
     if len(told):
         maps = explanation_maps(state.backbone, state.pixels.batch(rows[told]).to(state.device)).cpu()
-        cam = CamPosterior(maps.double(), load_laplace(state.folder / file))
+        cam = CamPosterior(maps.double(), load_posterior(state.folder.path, method))
         geometry = [state.pixels.geometry[row] for row in rows[told]]
         regions = marker_regions([masks[n] for n in told], geometry, cam.shape)
         found[told] = marker_outranks(cam, regions, torch.from_numpy(predicted[places[told]])).numpy()

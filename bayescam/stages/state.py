@@ -20,8 +20,9 @@ from bayescam.data.dataset import RadiographDataset, open_dataset
 from bayescam.data.pixels import Pixels
 from bayescam.data.pseudonyms import pseudonyms
 from bayescam.doctor import resolve_device
-from bayescam.errors import UsageError
+from bayescam.errors import FileFormatError, UsageError
 from bayescam.parallel import after_first, from_first, rank, share
+from bayescam.posterior.draws import Draws
 from bayescam.posterior.laplace import Laplace, load_laplace
 from bayescam.posterior.nuts import Nuts
 from bayescam.runfolder import RunFolder, read_split
@@ -36,15 +37,30 @@ GAUSSIANS = {
     "laplace_full": "posterior/laplace.safetensors",
     "laplace_refined": "posterior/refined.safetensors",
 }
+POSTERIORS = {**GAUSSIANS, "nuts": "posterior/nuts.safetensors"}
 INTERVAL_LEVEL = 0.9  # of every bootstrap interval that a run writes
-METHODS = ("cnn", "map", "map_temperature", *GAUSSIANS, "nuts")
+METHODS = ("cnn", "map", "map_temperature", *POSTERIORS)
 
 
 def chosen_posterior(folder: Path) -> tuple[str, str]:
-    """The Gaussian that the verdict lets speak for new images: (method, file in the run folder)."""
-    verdict = read_json(folder / "comparison.json").get("verdict")
-    name = "laplace_full" if verdict == "laplace" else "laplace_refined"
-    return name, GAUSSIANS[name]
+    """The posterior that the verdict lets speak for new images: (method, file in the run folder).
+
+    Raises:
+        FileFormatError: ``comparison.json`` holds no verdict.
+    """
+    from bayescam.diagnose.compare import SPEAKERS
+
+    file = folder / "comparison.json"
+    verdict = str(read_json(file).get("verdict"))
+    if verdict not in SPEAKERS:
+        raise FileFormatError(f"{file}: verdict is {verdict!r}, not one of {', '.join(SPEAKERS)}; run again")
+    return SPEAKERS[verdict], POSTERIORS[SPEAKERS[verdict]]
+
+
+def load_posterior(folder: Path, method: str) -> Laplace | Draws:
+    """The posterior of a run by its method's name: a Gaussian, or NUTS's draws."""
+    file = folder / POSTERIORS[method]
+    return Nuts.load(file).draws if method == "nuts" else load_laplace(file)
 
 
 def warn(words: str) -> None:
@@ -153,7 +169,7 @@ class RunState:
 
     @cached_property
     def nuts(self) -> Nuts:
-        return Nuts.load(self.folder / "posterior/nuts.safetensors")
+        return Nuts.load(self.folder / POSTERIORS["nuts"])
 
 
 def _open(config: Config) -> RadiographDataset:

@@ -1,6 +1,7 @@
 """The verdict on targets where it is known, and what every number of a comparison means."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from bayescam.diagnose.compare import compare_posteriors, predictive_moments, total_variation
+from bayescam.diagnose.compare import _verdict, compare_posteriors, limits, predictive_moments, total_variation
+from bayescam.diagnose.convergence import Convergence
 from bayescam.diagnose.importance import log_ratios
 from bayescam.diagnose.weight_agreement import centred_moments, halves, weight_agreement
 from bayescam.posterior.draws import Draws
@@ -83,7 +85,9 @@ def test_every_distance_has_its_interval_over_patients():
     counts = np.random.default_rng(0).multinomial(N // 4, np.full(N // 4, 4 / N), size=1000)
     means = [np.repeat(excess, drawn[patients]).mean() for drawn in counts]
     assert row["nll_difference"] == pytest.approx(excess.mean())
-    low, high = np.quantile(means, [0.05, 0.95])
+    groups = N // 4
+    tail = stats.norm.cdf(-math.sqrt(groups / (groups - 1)) * stats.t.isf(0.05, groups - 1))
+    low, high = np.quantile(means, [tail, 1 - tail])
     assert [row["nll_difference_low"], row["nll_difference_high"]] == pytest.approx([low, high])
     single = compare_posteriors(off, nuts, features, labels).predictive["laplace"]
     assert single["nll_difference"] == pytest.approx(row["nll_difference"])
@@ -106,6 +110,21 @@ def test_neither_is_close(with_refined):
     comparison = compare_posteriors(off, as_nuts(truth), *evaluation(), refined=off if with_refined else None)
     assert comparison.verdict == "nuts"
     assert ("try refine()" in comparison.words) is not with_refined
+
+
+def test_what_the_halves_of_nuts_do_not_agree_on_tells_no_gaussian_from_it():
+    half = {"total_variation": 0.0007, "nll_difference": -0.0456}
+    rows = {"laplace": {"total_variation": 0.0787, "nll_difference": -0.0092}, "nuts_half": half}
+    rows["refined"] = {"total_variation": 0.0012, "nll_difference": 0.0202}
+    assert limits(rows) == {"total_variation": 0.01, "nll_difference": pytest.approx(0.0912)}
+    verdict, words = _verdict(Convergence(1.001, 900.0, 900.0, 30, 0, None, None, None), rows)
+    assert verdict == "refine"
+    assert "total variation 0.0787, beyond 0.0100; NLL -0.0092, within 0.0912" in words
+    assert "NUTS half against half: total variation 0.0007, NLL -0.0456" in words
+    half["nll_difference"] = 0.001
+    verdict, words = _verdict(Convergence(1.001, 900.0, 900.0, 30, 0, None, None, None), rows)
+    assert verdict == "nuts"
+    assert "NLL +0.0202, beyond 0.0100" in words
 
 
 def test_unconverged_nuts_decides_nothing():
