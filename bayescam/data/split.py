@@ -65,10 +65,19 @@ def equal_across_parts(dataset: RadiographDataset, parts: np.ndarray) -> list[li
 
     ``assert_disjoint`` lets them pass, since what is told of patients goes before; results are too good by them.
     """
+    return [group for group in _equal(dataset) if len({str(parts[i]) for i in group}) > 1]
+
+
+def equal_of_several_labels(dataset: RadiographDataset) -> list[list[int]]:
+    """Images of equal content under different labels, in groups of indices: at most one of the labels is right."""
+    return [group for group in _equal(dataset) if len({int(dataset.labels[i]) for i in group}) > 1]
+
+
+def _equal(dataset: RadiographDataset) -> list[list[int]]:
     groups: dict[str, list[int]] = {}
     for index, key in enumerate(dataset.keys):
         groups.setdefault(key, []).append(index)
-    return [group for group in groups.values() if len({str(parts[i]) for i in group}) > 1]
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _uniform(seed: int, group: str) -> float:

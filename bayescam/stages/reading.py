@@ -13,13 +13,15 @@ import numpy as np
 from bayescam.backbone.network import check_name
 from bayescam.config import Config, read_config
 from bayescam.data.dataset import RadiographDataset
-from bayescam.data.split import assert_disjoint, equal_across_parts, split_by_patient
+from bayescam.data.split import assert_disjoint, equal_across_parts, equal_of_several_labels, split_by_patient
 from bayescam.doctor import environment, resolve_device
 from bayescam.errors import BayescamError, UsageError
 from bayescam.parallel import from_first, rank
 from bayescam.runfolder import RunFolder, of_images, sealed
 from bayescam.stages.state import RunState, warn
 from bayescam.storage import printable, read_json, write_csv, write_text
+
+_NAMED = 5  # of the images left out that are named on stderr
 
 
 def check_device_and_name(config: Config) -> None:
@@ -101,6 +103,17 @@ def _read_and_split(state: RunState) -> None:
                 f"{len(equal)} images stand in several splits under different patients, first {names}; "
                 "results are too good by them: give equal images one patient, or drop the copies"
             )
+        disputed = equal_of_several_labels(dataset)
+        if disputed:
+            names = " = ".join(f"{dataset.obs_ids[i]} ({dataset.classes[dataset.labels[i]]})" for i in disputed[0])
+            warn(
+                f"equal images stand under several labels ({len(disputed)} times), first {names}; at most one is right: "
+                "mend the labels, `bayescam data check` names all"
+            )
+        for reason in skipped[:_NAMED]:
+            warn(f"left out: {reason}")
+        if len(skipped) > _NAMED:
+            warn(f"left out: {len(skipped) - _NAMED} more, named in data.json")
         header = ("obs_id", "path", "label", "patient", "split")
         write_csv(folder / "split.csv", header, _split_rows(dataset, state.patients, split))
         facts = {
@@ -110,6 +123,7 @@ def _read_and_split(state: RunState) -> None:
             "ignored": dict(dataset.ignored),
             "skipped": skipped,
             "equal_across_splits": [[printable(dataset.obs_ids[i]) for i in group] for group in equal],
+            "equal_of_several_labels": [[printable(dataset.obs_ids[i]) for i in group] for group in disputed],
             "counts": {
                 part: {
                     printable(name): int(((split == part) & (dataset.labels == k)).sum())

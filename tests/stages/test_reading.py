@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +91,18 @@ def test_the_device_can_be_another(tmp_path):
     folder = _read_only(tmp_path / "r", **{"data.phantom_images": 200, "device": "cpu"})
     assert reopen(folder).config.device == "cpu"
     assert reopen(folder, device="auto").config.device == "auto"
+
+
+def test_images_left_out_and_labels_that_contradict_each_other_are_told(tmp_path, capsys):
+    root = _images(tmp_path / "d")
+    (root / "left/4.png").write_bytes((root / "right/7.png").read_bytes())
+    for i in range(7):
+        (root / f"left/broken-{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    folder = _read_only(tmp_path / "r", **{"data.spec": str(root), "data.on_bad": "skip"})
+    told = capsys.readouterr().err
+    assert "equal images stand under several labels (1 times), first left/4.png (left) = right/7.png (right)" in told
+    assert told.count("warning: left out: left/broken-") == 5
+    assert "left out: 2 more, named in data.json" in told
+    facts = json.loads((folder / "data.json").read_text())
+    assert facts["equal_of_several_labels"] == [["left/4.png", "right/7.png"]]
+    assert len(facts["skipped"]) == 7
