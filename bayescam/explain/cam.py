@@ -16,6 +16,7 @@ from bayescam.posterior.draws import Draws
 from bayescam.posterior.laplace import Laplace
 
 _CHUNK = 1 << 18  # numbers of the maps that are worked on at once: what a processor's cache holds
+_ROUNDING = 1e-6  # of a feature's largest value: cells that differ by less are alike
 
 
 class CamPosterior:
@@ -171,6 +172,18 @@ class CamPosterior:
         """Posterior mean and sd of mean_u CAM_c(u) + b_c, (N, K) each: the logit after global average pooling."""
         rows = with_bias(torch.cat([rows.mean(1, keepdim=True) for rows, _ in self.rows()]))
         return self.forms.mean(rows, self.directions)[:, 0], self.forms.variance(rows, self.directions).sqrt()[:, 0]
+
+    def relative(self) -> CamPosterior:
+        """The maps less their own means, CAM_c(u) - mean_v CAM_c(v), in logits: 0 is the average cell of the image.
+
+        What answers "where?" in an image that speaks for the class everywhere: ``relative().exceedance(0)`` is the
+        probability that a cell has more evidence than the average cell. It is the map of A(u) - mean_v A(v), so that it
+        has the same closed forms; cells that differ by rounding are alike, and a flat map stays flat. The bias is no
+        cell's, so ``logit`` and ``attribution`` of it say nothing of the network.
+        """
+        away = self.maps - self.maps.mean((2, 3), keepdim=True)
+        alike = away.abs() <= _ROUNDING * self.maps.abs().amax((2, 3), keepdim=True)
+        return CamPosterior(away.masked_fill(alike, 0.0), self.posterior, centred=self.centred)
 
     def prior_share(self) -> Tensor:
         """Var(mean_k CAM_k(u)) / Var(raw CAM_c(u)): the part of raw variance that no image can reduce, (N, K, h, w).

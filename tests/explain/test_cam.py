@@ -335,3 +335,27 @@ def test_results_stay_on_the_maps_device(structure):
         torch.testing.assert_close(getattr(there, name).cpu(), getattr(here, name))
     torch.testing.assert_close(there.outranks(REGION_A, REGION_B, 1).cpu(), here.outranks(REGION_A, REGION_B, 1))
     torch.testing.assert_close(there.attribution(1).cpu(), here.attribution(1))
+
+
+@pytest.mark.parametrize(("structure", "centred"), ALL)
+def test_relative_is_the_map_less_its_own_mean(structure, centred):
+    posterior, dense = make(structure)
+    maps = random_maps()
+    cam = CamPosterior(maps, posterior, centred=centred)
+    relative = cam.relative()
+    torch.testing.assert_close(relative.mean, cam.mean - cam.mean.mean((2, 3), keepdim=True))
+    less = torch.eye(6, dtype=torch.float64) - 1 / 6  # of the cells, 2 x 3
+    for c, direction in enumerate(_directions(centred)):
+        covariance = less @ (_cells(maps) @ block(dense, direction) @ _cells(maps).mT) @ less
+        sd = covariance.diagonal(dim1=1, dim2=2).sqrt()
+        torch.testing.assert_close(relative.sd[:, c].flatten(1), sd, rtol=1e-9, atol=1e-12)
+        above = torch.special.ndtr(relative.mean[:, c].flatten(1) / sd)
+        torch.testing.assert_close(relative.exceedance(0.0)[:, c].flatten(1), above, rtol=1e-9, atol=1e-12)
+
+
+def test_relative_leaves_a_flat_map_flat():
+    flat = torch.rand(2, D, 1, 1, dtype=torch.float64).expand(2, D, 5, 7)
+    flat = flat * (1 + 1e-9 * torch.rand(2, D, 5, 7, dtype=torch.float64))
+    relative = CamPosterior(flat, make("full")[0]).relative()
+    for values in (relative.mean, relative.sd, relative.exceedance(0.0)):
+        assert not values.any()
