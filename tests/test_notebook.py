@@ -28,10 +28,15 @@ def results():
         "comparison": replace(bc.compare_posteriors(laplace, nuts, features, labels), words=HOSTILE),
         "cams": bc.CamPosterior(torch.rand(1, 2, 3, 3, dtype=torch.float64), laplace),
         "loo": bc.leave_one_out(data),
+        "backbone": bc.Backbone("small", 3, image_size=32),
+        "features": bc.Features(features.float(), labels, tuple(map(str, range(60))), torch.rand(60, 2, 3, 3)),
+        "dataset": replace(bc.open_dataset("phantom", num=12, seed=0), name=HOSTILE),
     }
 
 
-@pytest.mark.parametrize("name", ["laplace", "nuts", "draws", "comparison", "cams", "loo"])
+@pytest.mark.parametrize(
+    "name", ["laplace", "nuts", "draws", "comparison", "cams", "loo", "backbone", "features", "dataset"]
+)
 def test_a_result_is_one_line_and_one_table(results, name):
     result = results[name]
     assert "\n" not in repr(result)
@@ -40,6 +45,10 @@ def test_a_result_is_one_line_and_one_table(results, name):
     assert page.count("<table>") == page.count("</table>") == 1
     assert "<script" not in page
     assert len(page) < 4000
+
+
+def test_names_to_choose_from_are_the_public_ones():
+    assert dir(bc) == sorted(bc.__all__)
 
 
 def test_texts_are_data():

@@ -18,6 +18,7 @@ from bayescam.backbone.graph import Split, last_linear, split
 from bayescam.data.dataset import RadiographDataset
 from bayescam.data.pixels import Pixels
 from bayescam.errors import BayescamError, FileFormatError
+from bayescam.notebook import html_table
 from bayescam.storage import load_tensors, save_tensors
 
 _OWN = {"small": (SmallCNN, 128), "study": (StudyCNN, 224)}
@@ -51,6 +52,12 @@ class Features:
         n, d = self.features.shape
         cells = "" if self.maps is None else f", maps {tuple(self.maps.shape[2:])}"
         return f"Features(images={n}, features={d}{cells})"
+
+    def _repr_html_(self) -> str:
+        n, d = self.features.shape
+        maps = "none" if self.maps is None else " x ".join(str(side) for side in self.maps.shape[1:])
+        rows = [("images", n), ("features", d), ("type", str(self.features.dtype)), ("maps of an image", maps)]
+        return html_table("Features of the frozen network", rows)
 
 
 def check_name(name: str) -> None:
@@ -131,6 +138,20 @@ class Backbone(nn.Module):
         self._channels = first.in_channels
         # The two graphs share the network's layers; held in a tuple so that they are not registered twice.
         self._split: tuple[Split] = (split(net, head=head, maps=maps),)
+
+    def __repr__(self) -> str:
+        size = f"image_size={self.image_size}, classes={self.num_classes}, features={self.num_features}"
+        return f"Backbone({self.name!r}, {size}, parameters={sum(p.numel() for p in self.parameters())})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("image size", f"{self.image_size} x {self.image_size}"),
+            ("classes, features", f"{self.num_classes}, {self.num_features}"),
+            ("parameters", f"{sum(p.numel() for p in self.parameters()):,}"),
+            ("pool", "the mean over the cells: CAM" if self.is_average else "not a mean: Grad-CAM"),
+            ("last layer", self._head_name),
+        ]
+        return html_table(f"Backbone {self.name}", rows)
 
     @property
     def head(self) -> nn.Linear:

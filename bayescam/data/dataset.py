@@ -19,6 +19,7 @@ from bayescam.data.image import ImageError, read_image
 from bayescam.data.pixels import Geometry, Pixels, letterboxed, load_pixels, save_pixels
 from bayescam.data.workers import draw_in_processes
 from bayescam.errors import BayescamError
+from bayescam.notebook import html_table
 from bayescam.storage import printable, sha256_of
 
 Split = Literal["train", "valid", "test"]
@@ -139,6 +140,12 @@ class RadiographDataset:
 
     def __repr__(self) -> str:
         return f"RadiographDataset({self.name!r}, images={len(self)}, classes={list(self.classes)})"
+
+    def _repr_html_(self) -> str:
+        named = sorted({who for who in self.patients if who is not None})
+        rows: list[tuple[str, object]] = [(name, int((self.labels == k).sum())) for k, name in enumerate(self.classes)]
+        rows += [("all images", len(self)), ("patients", len(named) or "none named")]
+        return html_table(f"Radiographs: {self.name}", rows, ("class", "images"))
 
     @cached_property
     def labels(self) -> np.ndarray:

@@ -107,8 +107,8 @@ def _read_and_split(state: RunState) -> None:
         if disputed:
             names = " = ".join(f"{dataset.obs_ids[i]} ({dataset.classes[dataset.labels[i]]})" for i in disputed[0])
             warn(
-                f"equal images stand under several labels ({len(disputed)} times), first {names}; at most one is right: "
-                "mend the labels, `bayescam data check` names all"
+                f"equal images stand under several labels ({len(disputed)} times), first {names}; at most one is "
+                "right: mend the labels, `bayescam data check` names all"
             )
         for reason in skipped[:_NAMED]:
             warn(f"left out: {reason}")
