@@ -111,10 +111,14 @@ class Chains:
         if features is None:
             return None
         rows = spread(len(features))
-        draws = Draws(torch.from_numpy(self.weights), torch.from_numpy(self.biases))
-        if features.ndim != 2 or features.shape[1] != draws.num_features:
-            raise FileFormatError(f"{self.path}: features are {features.shape}, weights {self.weights.shape[2:]}")
-        probs = probabilities(draws, torch.from_numpy(np.asarray(features[rows], dtype=float)))
+        weights, biases, phi = (np.array(one, dtype=float) for one in (self.weights, self.biases, features[rows]))
+        if biases.shape != weights.shape[:3] or phi.shape[1] != weights.shape[3]:
+            raise FileFormatError(
+                f"{self.path}: features {features.shape}, weights {weights.shape}, biases {biases.shape} do not fit; "
+                "give a complete run"
+            )
+        draws = Draws(torch.from_numpy(weights), torch.from_numpy(biases))
+        probs = probabilities(draws, torch.from_numpy(phi))
         return probs, self._names("constant_data", len(features))[rows], len(features)
 
     def _features(self) -> np.ndarray | None:
@@ -123,21 +127,24 @@ class Chains:
         file, split = (self.path.parent.parent / name for name in ("features.safetensors", "split.csv"))
         if not file.is_file() or not split.is_file():
             return None
-        features = load_tensors(file, kind="features")[0]["features"].numpy()
-        with split.open(encoding="utf-8", newline="") as stream:
-            test = np.array([row.get("split") == "test" for row in csv.DictReader(stream)], dtype=bool)
-        if len(test) != len(features) or not test.any():
+        features = load_tensors(file, kind="features")[0].get("features")
+        try:
+            with split.open(encoding="utf-8", newline="") as stream:
+                test = np.array([row.get("split") == "test" for row in csv.DictReader(stream)], dtype=bool)
+        except (OSError, ValueError, csv.Error) as error:
+            raise FileFormatError(f"{split}: not readable as CSV ({error}); restore it or run again") from error
+        if features is None or features.dim() != 2 or len(test) != len(features) or not test.any():
             return None
-        return features[test]
+        return features.numpy()[test]
 
     def _names(self, group: str, num_images: int) -> np.ndarray:
         found = self.groups[group].coords.get("obs_id")
-        return found.values if found is not None and found.size == num_images else np.arange(num_images)
+        return found.values if found is not None and found.shape == (num_images,) else np.arange(num_images)
 
     def label(self, index: int) -> str:
         """The name of a class."""
         found = self.groups["posterior"].coords.get("label")
-        return str(index if found is None else found.values[index])
+        return str(index if found is None or found.ndim != 1 or index >= found.size else found.values[index])
 
 
 def _scalar_checks(subject: str, name: str, draws: np.ndarray, found: Chains) -> list[Check]:

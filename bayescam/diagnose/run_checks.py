@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from bayescam.diagnose.compare import Verdict
 from bayescam.errors import FileFormatError
 from bayescam.storage import printable, read_json
 
+_HUGE = sys.float_info.max
 Relation = Literal["below", "at most", "above", "at least", "within"]
 _HOLDS: dict[str, Callable[[float, float], bool]] = {
     "below": operator.lt,
@@ -217,7 +219,7 @@ class FoundComparison:
         return found
 
     def _number(self, value: Any, *keys: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -_HUGE < value < _HUGE:
             raise self._wrong("/".join(keys), value, "a number")
         return float(value)
 
