@@ -142,7 +142,10 @@ def draw(rows: list[dict]):
                 axes.set_yscale("log")
             else:
                 axes.set_ylim(bottom=0)
-    for label, style in (("NUTS, half against half", "--"), ("NUTS, not converged", "x")):
+    marks = {"NUTS, half against half": "--"}
+    if not all(row.get("converged", True) for row in rows):
+        marks["NUTS, not converged"] = "x"
+    for label, style in marks.items():
         axes.plot([], [], style, color=COLOURS["nuts"], markersize=8, markeredgewidth=2, linewidth=1.6, label=label)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
