@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import pairwise
@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 PATIENCE = "BAYESCAM_PATIENCE"
-_MINUTES = 30.0
+_MINUTES = 24 * 60.0
 _WORDS = 1024
-_LOST = re.compile(r"gloo|nccl|connection|store|timed out|timeout", re.IGNORECASE)
+_FACTS = 2048
+_LOST = re.compile(r"\b(gloo|nccl|connection|store|timed out|timeout)", re.IGNORECASE)
 _REAPED = 1.0  # seconds in which the parent of a dead process has noticed
 _T = TypeVar("_T")
 
@@ -40,8 +41,9 @@ def joined() -> Iterator[ProcessGroup | None]:
     """The group of all ranks under ``torchrun``: gloo for tensors on the CPU, NCCL for those on GPUs; else None.
 
     Where there is a GPU for each rank of this machine, the rank takes the one of its own number as ``cuda``.
-    A rank waits for the others at most ``BAYESCAM_PATIENCE`` minutes (30). Of all ranks only the first that fails keeps
-    its words: on the others the error is a ``RankError`` that was ``told``.
+    A rank waits for the others at most ``BAYESCAM_PATIENCE`` minutes (a day: one may decode all images or walk a chain
+    while the others wait; that a rank has died is noticed at once). Of all ranks only the first that fails keeps its
+    words: on the others the error is a ``RankError`` that was ``told``.
 
     Raises:
         UsageError: the environment is not as ``torchrun`` makes it.
@@ -152,7 +154,7 @@ def _of_this_rank(error: Exception, store: dist.Store) -> Exception:
         return RankError(f"{said}, as it was told to or because a rank died elsewhere; start again with --resume")
     return RankError(
         f"lost another rank ({said}): it died elsewhere, or was busy for longer than {PATIENCE}={_patience():g} "
-        "minutes; look for its last words, then start again with --resume"
+        "minutes (raise it); look for its last words, then start again with --resume"
     )
 
 
@@ -215,16 +217,16 @@ def share(count: int, group: ProcessGroup | None) -> slice:
     return shares(count, group)[rank(group)]
 
 
-def from_first(value: Any, group: ProcessGroup | None) -> Any:
-    """Rank 0's ``value`` on every rank; it must be of JSON."""
+def from_first(value: Any, group: ProcessGroup | None, device: torch.device | None = None) -> Any:
+    """Rank 0's ``value`` on every rank; it must be of JSON. The group must have a backend for ``device``."""
     if group is None:
         return value
     words = json.dumps(value).encode() if rank(group) == 0 else b""
-    length = torch.tensor([len(words)])
+    length = torch.tensor([len(words)], device=device)
     dist.broadcast(length, group_src=0, group=group)
-    text = torch.zeros(int(length), dtype=torch.uint8)
+    text = torch.zeros(int(length), dtype=torch.uint8, device=device)
     if words:
-        text[:] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
+        text[:] = torch.tensor(list(words), dtype=torch.uint8)
     dist.broadcast(text, group_src=0, group=group)
     return json.loads(bytes(text.tolist()))
 
@@ -254,6 +256,32 @@ def rows_on_first(rows: Tensor, count: int, group: ProcessGroup | None) -> Tenso
         else:
             dist.recv(whole[span], group_src=source, group=group)
     return whole
+
+
+def check_alike(facts: Mapping[str, object], group: ProcessGroup | None, device: torch.device | None = None) -> None:
+    """Refuse facts that differ between the ranks, on every rank in the same words; a fact is told by its ``repr``.
+
+    Raises:
+        ValueError: the first fact that differs, with both values.
+    """
+    if group is None:
+        return
+    words = json.dumps({name: repr(value)[: _WORDS // 8] for name, value in facts.items()}).encode()
+    if len(words) > _FACTS:
+        raise ValueError(f"{len(words)} bytes of facts are more than the {_FACTS} of one message")
+    own = torch.zeros(_FACTS, dtype=torch.uint8, device=device)
+    own[: len(words)] = torch.tensor(list(words), dtype=torch.uint8)
+    heard = [torch.empty_like(own) for _ in range(size(group))]
+    dist.all_gather(heard, own, group=group)
+    told = [json.loads(bytes(message.tolist()).rstrip(b"\0")) for message in heard]
+    for source, other in enumerate(told):
+        for name in {**told[0], **other}:
+            here, there = (found.get(name, "not given") for found in (told[0], other))
+            if here != there:
+                raise ValueError(
+                    f"the ranks disagree: {name} is {here} on rank 0 and {there} on rank {source}; "
+                    "give every rank the same"
+                )
 
 
 def together(check: Callable[[], _T], group: ProcessGroup | None, device: torch.device | None = None) -> _T:

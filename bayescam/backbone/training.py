@@ -88,7 +88,7 @@ def train_backbone(
         group: a torch.distributed process group; every rank is given the same arguments, rank 0 writes the checkpoint.
 
     Raises:
-        BayescamError: the loss is not finite.
+        BayescamError: the loss is not finite, or batches are too small for the ranks.
         FileFormatError: the checkpoint is of another run.
     """
     targets = torch.as_tensor(labels, dtype=torch.long)
@@ -97,6 +97,11 @@ def train_backbone(
         backbone.net.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
     history: list[Epoch] = []
+    if min(settings.batch_size, len(train)) < 2 * size(group):
+        raise BayescamError(
+            f"train.batch_size is {settings.batch_size}, of {len(train)} images, for {size(group)} ranks; a batch is "
+            f"shared among them, and batch normalisation needs two images a rank: let it be at least {2 * size(group)}"
+        )
     if checkpoint is not None and checkpoint.is_file():
         history = _restore(backbone, optimizer, checkpoint, settings, seed)
     net: nn.Module = backbone if group is None else DistributedDataParallel(backbone, process_group=group)
@@ -139,7 +144,7 @@ def _one_epoch(
     order = train[torch.randperm(len(train), generator=generator).numpy()]
     starts = range(0, len(order), settings.batch_size)
     total_steps = settings.epochs * len(starts)
-    loss_sum, correct = 0.0, 0
+    loss_sum, correct, used = 0.0, 0, 0
     backbone.net.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed * 100_003 + epoch + (rank(group) << 40))
@@ -159,6 +164,7 @@ def _one_epoch(
             optimizer.zero_grad(set_to_none=True)
             (loss * (len(target) * size(group) / len(batch))).backward()
             optimizer.step()
+            used += len(batch)
             loss_sum += float(loss.detach()) * len(target)
             correct += int((logits.argmax(1) == target).sum())
             if not math.isfinite(loss_sum):
@@ -169,7 +175,7 @@ def _one_epoch(
     if group is not None:
         for buffer in backbone.net.buffers():
             dist.broadcast(buffer, group_src=0, group=group)
-    return _means(loss_sum, correct, len(order), device, group)
+    return _means(loss_sum, correct, used, device, group)
 
 
 def _means(

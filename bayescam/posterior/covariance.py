@@ -12,6 +12,7 @@ what makes them exact in float32 too.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import ClassVar, TypeVar
@@ -49,8 +50,12 @@ class _Movable:
 
     def to(self: _SelfT, target: torch.device | torch.dtype | str) -> _SelfT:
         """The same covariance on another device or in another floating-point type."""
+        return self.mapped(lambda value: value.to(target))
+
+    def mapped(self: _SelfT, change: Callable[[Tensor], Tensor]) -> _SelfT:
+        """The same with every tensor changed."""
         tensors = {
-            field.name: value.to(target)
+            field.name: change(value)
             for field in fields(self)  # type: ignore[arg-type]
             if isinstance(value := getattr(self, field.name), Tensor)
         }

@@ -139,7 +139,7 @@ def check_full_fits(images: TrainingImages) -> None:
     """
     k, width = images.num_classes, images.num_features + 1
     need = 8 * (k * (k - 1) // 2 * width**2 + 2 * ((k - 1) * width) ** 2)
-    held = memory(images.device)
+    held = -images.largest(torch.tensor(-memory(images.device), dtype=torch.float64, device=images.device)).item()
     if need > held:
         raise ValueError(
             f"structure 'full' needs {need / 2**30:.3g} GiB for {k} classes of {width - 1} features, this machine has "
@@ -162,6 +162,7 @@ def full_covariance(
     hessian = contrast_hessian(pair_grams(images, pair_weights, prior_precision), images.num_classes)
     hessian.diagonal().add_(prior_precision)
     factor, lost = _factor(hessian, images.dtype)
+    lost = images.agreed_number(lost)
     if lost > _LOST_DIGITS and images.dtype != torch.float64:
         return full_covariance(replace(images, widened=True), pair_weights, prior_precision)
     if lost > _LOST_DIGITS:

@@ -37,7 +37,8 @@ def maximise(criterion: Callable[[float], float], bracket: tuple[float, float] =
     """Maximise a criterion of tau over log tau: a grid of a point a decade, then Brent's search about its best point.
 
     Evidence can have several maxima, where features differ in scale by orders of magnitude. The grid is walked from the
-    strongest prior to the weakest, along which MAPs follow one another; the search ends within 0.05 in log tau.
+    strongest prior to the weakest, along which MAPs follow one another; the search ends within 0.05 in log tau. It
+    tries numbers of three digits, so that the rounding of sums does not move what it finds.
 
     Args:
         criterion: log evidence or ELBO at a tau, in nats; -inf where it cannot be computed.
@@ -49,21 +50,24 @@ def maximise(criterion: Callable[[float], float], bracket: tuple[float, float] =
     low, high = bracket
     if not 0 < low < high < math.inf:
         raise ValueError(f"bracket is {bracket}; it must be two positive, finite, increasing prior precisions")
-    tried: list[tuple[float, float]] = []
+    tried: dict[float, float] = {}
 
     def evaluate(tau: float) -> float:
-        tried.append((tau, criterion(tau)))
-        return tried[-1][1]
+        if tau not in tried:
+            tried[tau] = criterion(tau)
+        return tried[tau]
 
     cells = max(2, math.ceil(math.log10(high) - math.log10(low) - 1e-9))
     grid = np.geomspace(high, low, cells + 1).tolist()
     values = [evaluate(tau) for tau in grid]
     at = values.index(max(values))
     ends = math.log(grid[min(at + 1, cells)]), math.log(grid[max(at - 1, 0)])
-    minimize_scalar(lambda x: -evaluate(math.exp(x)), bounds=ends, method="bounded", options={"xatol": _TOLERANCE})
-    tau, value = max(tried, key=lambda pair: pair[1])
+    minimize_scalar(
+        lambda x: -evaluate(float(f"{math.exp(x):.3g}")), bounds=ends, method="bounded", options={"xatol": _TOLERANCE}
+    )
+    tau, value = max(tried.items(), key=lambda pair: pair[1])
     others = tuple(grid[i] for i in _peaks(values) if abs(i - at) > 1)
-    return Choice(tau, value, {low: "lower", high: "upper"}.get(tau), others, tuple(tried))
+    return Choice(tau, value, {low: "lower", high: "upper"}.get(tau), others, tuple(tried.items()))
 
 
 def _peaks(values: list[float]) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, TypeVar
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bayescam.parallel import size, together
+from bayescam.parallel import check_alike, together
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -80,6 +80,22 @@ class TrainingImages:
         if self.group is not None:
             dist.all_reduce(value, group=self.group)
         return value
+
+    def agreed(self, value: _ValueT) -> _ValueT:
+        """Rank 0's tensor on every rank, in place; the value itself without a group.
+
+        The ranks see the same sums, but what each makes of them can differ in the last digit where their processors
+        do. So whatever a sum is taken at, and whatever decides how the ranks go on, is rank 0's.
+        """
+        if self.group is not None:
+            dist.broadcast(value, group_src=0, group=self.group)
+        return value
+
+    def agreed_number(self, value: float) -> float:
+        """Rank 0's number on every rank."""
+        if self.group is None:
+            return value
+        return float(self.agreed(torch.tensor(value, dtype=torch.float64, device=self.device)))
 
     def largest(self, value: _ValueT) -> _ValueT:
         """The largest of a tensor over the ranks of the group, in place; the value itself without a group."""
@@ -202,21 +218,21 @@ def check_images(
     num_classes: int | None = None,
     class_weights: Tensor | np.ndarray | Sequence[float] | None = None,
     group: ProcessGroup | None = None,
+    facts: Mapping[str, object] | None = None,
 ) -> TrainingImages:
     """Check what a fit is given, and name what is wrong.
 
     The sums run on the features' device, or on the labels' where the features are an array: so a memory map can be
     worked off on a GPU, chunk by chunk. With a group every rank checks its shard before any sum runs: where one
-    refuses, all do.
+    refuses, all do; and D, K, type, class weights and what else is told in ``facts`` must be every rank's.
 
     Raises:
         TypeError: features or labels of a type that cannot be meant.
-        ValueError: shapes, labels, class weights or feature values that cannot be used, or shards that differ in D, K
-            or type.
+        ValueError: shapes, labels, class weights or feature values that cannot be used, or ranks that disagree.
         RankError: another rank's shard was refused.
     """
-    _check_group(group)
-    device = next((found.device for found in (features, labels) if isinstance(found, Tensor)), torch.device("cpu"))
+    check_group(group)
+    device = device_of(features, labels)
 
     def shard() -> tuple[Tensor, int]:
         _check_features(features)
@@ -225,34 +241,22 @@ def check_images(
         return own, 0 if num_classes is None else whole_number(num_classes, "num_classes", 2)
 
     own, told = together(shard, group, device)
-    _check_alike({"D": features.shape[1], "num_classes": told, "float64": _is_wide(features)}, group, device)
+    shapes = {"D": features.shape[1], "num_classes": told, "float64": _is_wide(features)}
+    check_alike({**shapes, **(facts or {})}, group, device)
     k = told or _count_classes(own, group)
 
     def whole() -> TrainingImages:
         _check_range(own, k)
-        weights = None if class_weights is None else check_class_weights(class_weights, k, device)[own]
-        images = TrainingImages(features, own, k, weights, group)
+        images = TrainingImages(features, own, k, None if weights is None else weights[own], group)
         for span, chunk in images.chunks():
             _check_finite(chunk, span.start)
         return images
 
+    weights = together(
+        lambda: None if class_weights is None else check_class_weights(class_weights, k, device), group, device
+    )
+    check_alike({"class_weights": None if weights is None else weights.tolist()}, group, device)
     return together(whole, group, device)
-
-
-def _check_alike(facts: dict[str, int], group: ProcessGroup | None, device: torch.device) -> None:
-    """Refuse shards of different arrays, on every rank in the same words."""
-    if group is None:
-        return
-    own = torch.tensor(list(facts.values()), dtype=torch.int64, device=device)
-    heard = [torch.empty_like(own) for _ in range(size(group))]
-    dist.all_gather(heard, own, group=group)
-    for name, first, *others in zip(facts, *(found.tolist() for found in heard), strict=True):
-        for source, value in enumerate(others, start=1):
-            if value != first:
-                raise ValueError(
-                    f"the ranks disagree: {name} is {first} on rank 0 and {value} on rank {source}; "
-                    "give every rank a shard of the same features"
-                )
 
 
 def check_rows(features: Tensor | np.ndarray, num_features: int, like: Tensor) -> Tensor:
@@ -358,7 +362,17 @@ def check_class_weights(
     return weights
 
 
-def _check_group(group: ProcessGroup | None) -> None:
+def device_of(features: object, labels: object) -> torch.device:
+    """Where sums over the images run."""
+    return next((found.device for found in (features, labels) if isinstance(found, Tensor)), torch.device("cpu"))
+
+
+def check_group(group: ProcessGroup | None) -> None:
+    """Refuse what is no process group.
+
+    Raises:
+        TypeError: so.
+    """
     if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         raise TypeError(f"group must be a torch.distributed process group, got {group!r}; leave it out for one process")
 

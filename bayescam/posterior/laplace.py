@@ -15,6 +15,7 @@ from torch import Tensor
 from bayescam import storage
 from bayescam.errors import BayescamError, ConvergenceError, NotPositiveDefiniteError
 from bayescam.notebook import html_table
+from bayescam.parallel import together
 from bayescam.posterior import predictive
 from bayescam.posterior import refine as refinement
 from bayescam.posterior.covariance import Covariance, DiagCovariance, FullCovariance, KronCovariance
@@ -32,9 +33,11 @@ from bayescam.posterior.images import (
     TrainingImages,
     augment,
     check_class_weights,
+    check_group,
     check_images,
     check_prior_precision,
     check_rows,
+    device_of,
     whole_number,
 )
 from bayescam.posterior.laplace_file import SCALARS, STORED, read_laplace_file
@@ -364,6 +367,33 @@ def fit_laplace(
     Sources: MacKay (1992), Neural Computation 4; Ritter, Botev and Barber (2018), ICLR, for "kron"; Daxberger et al.
     (2021), NeurIPS, for Laplace on the last layer.
     """
+    check_group(group)
+    tau, ends = together(
+        lambda: _check_choices(structure, prior_precision, bracket), group, device_of(features, labels)
+    )
+    images = check_images(
+        features,
+        labels,
+        num_classes=num_classes,
+        class_weights=class_weights,
+        group=group,
+        facts={"structure": structure, "prior_precision": tau or prior_precision, "bracket": ends},
+    )
+    weights = None if class_weights is None else check_class_weights(class_weights, images.num_classes, images.device)
+    if structure == "full":
+        check_full_fits(images)
+    whitener = whitening(images, exact=structure == "kron")
+    if tau is not None:
+        fit = laplace_at(images, find_map(images, tau, whitener), whitener, tau, structure, weights)
+    else:
+        fit = _by_criterion(images, whitener, structure, weights, str(prior_precision), ends)
+    return refinement.agreed(fit, images)
+
+
+def _check_choices(
+    structure: str, prior_precision: float | str, bracket: tuple[float, float]
+) -> tuple[float | None, tuple[float, float]]:
+    """tau, or None where a criterion is to choose it, and the bracket."""
     if structure not in STRUCTURES:
         raise ValueError(f"structure is {structure!r}; choose one of {', '.join(STRUCTURES)}")
     if isinstance(prior_precision, str) and prior_precision not in CRITERIA:
@@ -371,15 +401,7 @@ def fit_laplace(
             f"prior_precision is {prior_precision!r}; give a positive number or one of {', '.join(CRITERIA)}"
         )
     tau = None if isinstance(prior_precision, str) else check_prior_precision(prior_precision)
-    ends = _check_bracket(bracket)
-    images = check_images(features, labels, num_classes=num_classes, class_weights=class_weights, group=group)
-    weights = None if class_weights is None else check_class_weights(class_weights, images.num_classes, images.device)
-    if structure == "full":
-        check_full_fits(images)
-    whitener = whitening(images, exact=structure == "kron")
-    if tau is not None:
-        return laplace_at(images, find_map(images, tau, whitener), whitener, tau, structure, weights)
-    return _by_criterion(images, whitener, structure, weights, str(prior_precision), ends)
+    return tau, _check_bracket(bracket)
 
 
 def _check_bracket(bracket: tuple[float, float]) -> tuple[float, float]:
@@ -411,10 +433,12 @@ def _by_criterion(
 
     def evaluate(tau: float) -> float:
         nonlocal best, highest, start
+        tau = images.agreed_number(tau)
         try:
             mode = find_map(images, tau, whitener, start=start)
             fit = laplace_at(images, mode, whitener, tau, structure, class_weights)
             score = fit.log_evidence if criterion == "evidence" else _bound(refinement.refine(fit, images))
+            score = images.agreed_number(score)
         except (ConvergenceError, NotPositiveDefiniteError) as error:
             failures[tau] = error
             return -math.inf
@@ -485,7 +509,7 @@ def _settled(
         return mode, covariance
     for _ in range(NEWTON_STEPS):
         whitened = covariance.whiten_gradient(mode.gradient)
-        mode = replace(mode, decrement=float(whitened.norm()))
+        mode = replace(mode, decrement=images.agreed_number(float(whitened.norm())))
         if mode.decrement < TOLERANCE:
             return mode, covariance
         images = replace(images, widened=True)

@@ -36,6 +36,7 @@ def minimise(
     precondition: Callable[[Tensor], Tensor] = Tensor.clone,
     near: Callable[[float], bool],
     evaluations: int,
+    agree: Callable[[float], float] = float,
 ) -> Tensor:
     """Descend from ``start`` (P,) to the first point whose gradient's length sqrt(g . P g) is ``near`` enough.
 
@@ -50,15 +51,16 @@ def minimise(
         precondition: v (P,) -> P v, P fixed, symmetric and positive definite; the identity without it.
         near: of the gradient's length.
         evaluations: at most so many.
+        agree: gives all ranks of a group one rank's number; it is asked for whatever decides the next step.
     """
     point = start
     value, gradient = objective(point)
     solved = precondition(gradient)
     steps: deque[_Step] = deque(maxlen=_HISTORY)
     used = 1
-    while used < evaluations and not near(norm := math.sqrt(max(float(gradient @ solved), 0.0))):
+    while used < evaluations and not near(norm := math.sqrt(max(agree(float(gradient @ solved)), 0.0))):
         direction = _direction(gradient, solved, steps)
-        slope = float(direction @ gradient)
+        slope = agree(float(direction @ gradient))
         length = 1.0 if steps else min(1.0, 1.0 / norm)
         while True:
             there = point + length * direction

@@ -72,7 +72,7 @@ def descend(
     solve = origin_solver(whitener)
 
     def objective(theta: Tensor) -> tuple[float, Tensor]:
-        value, gradient = negative_log_joint(theta.view_as(start), images, prior_precision)
+        value, gradient = negative_log_joint(images.agreed(theta).view_as(start), images, prior_precision)
         return float(value), gradient.flatten()
 
     found = minimise(
@@ -81,6 +81,7 @@ def descend(
         precondition=lambda gradient: solve(gradient.view_as(start)).flatten(),
         near=lambda norm: norm < tolerance,
         evaluations=_LBFGS_EVALUATIONS,
+        agree=images.agreed_number,
     )
     return found.view_as(start)
 
@@ -120,13 +121,14 @@ def newton_direction(
     low = whitener.to(_product_type(whitener.eigenvalues))
     step, residual = torch.zeros_like(gradient), gradient.clone()
     solved = low.solve(residual)
-    direction, squared, rho = solved, 0.0, float((residual * solved).sum())
+    direction, squared, rho = solved, 0.0, images.agreed_number(float((residual * solved).sum()))
     lanczos = _Lanczos()
     for _ in range(_CG_STEPS):
         if rho <= 0.0:
             break
+        direction = images.agreed(direction)
         product = hessian_product(theta, direction, images, whitener.prior_precision)
-        bend = float((direction * product).sum())
+        bend = images.agreed_number(float((direction * product).sum()))
         if not 0.0 < bend < math.inf:
             return _centred(step), math.nan
         length = rho / bend
@@ -134,9 +136,9 @@ def newton_direction(
         residual -= length * product
         squared += length * rho
         solved = low.solve(residual)
-        rho, previous = float((residual * solved).sum()), rho
+        rho, previous = images.agreed_number(float((residual * solved).sum())), rho
         lanczos.add(length, rho / previous)
-        if rho / lanczos.smallest() < max(_CG_SHARE * squared, (_CG_TOLERANCE * tolerance) ** 2):
+        if rho / images.agreed_number(lanczos.smallest()) < max(_CG_SHARE * squared, (_CG_TOLERANCE * tolerance) ** 2):
             break
         direction = solved + (rho / previous) * direction
     return _centred(step), math.sqrt(squared)
@@ -175,7 +177,8 @@ def find_map(
     L-BFGS comes near; Newton steps by conjugate gradients, halved while -log joint rises, finish. At the end no
     training image's logit moves by more than .01 in one more of them: under a weak prior that is less than a thousandth
     of an sd, and the Hessian hangs on the logits. Where float32 products hide the rest of the way, so that a step does
-    not halve the decrement or none lowers -log joint, the last steps use float64.
+    not halve the decrement or none lowers -log joint, the last steps use float64. Of float64 features the decrement
+    goes on to a hundredth of the tolerance, as far as it halves, so that other sums' rounding finds the same mode.
 
     Args:
         images: the training images.
@@ -190,8 +193,9 @@ def find_map(
     whitener = replace(whitener, prior_precision=prior_precision)
     zero = torch.zeros(images.num_classes, images.num_features + 1, dtype=torch.float64, device=images.device)
     coarse = _LBFGS_TOLERANCE * max(1.0, math.sqrt(zero.numel() / _FEW_PARAMETERS))
-    theta = descend(images, whitener, zero if start is None else start, prior_precision, coarse)
-    previous, needed = math.inf, tolerance
+    theta = images.agreed(descend(images, whitener, zero if start is None else start, prior_precision, coarse))
+    aim = tolerance / 100 if wide(images) else tolerance
+    previous, needed = math.inf, aim
     for _ in range(NEWTON_STEPS):
         value, gradient = negative_log_joint(theta, images, prior_precision)
         curvature = class_curvature(images, probabilities_at(theta, images))
@@ -199,9 +203,10 @@ def find_map(
         step, decrement = newton_direction(theta, gradient, images, local, needed)
         if decrement < tolerance:
             moved = largest_change(images, step)
-            if moved < _LOGIT_CHANGE:
+            if moved < _LOGIT_CHANGE and (decrement < aim or decrement > previous / 2):
                 return MapEstimate(theta, float(value), gradient, decrement)
-            needed = min(needed, decrement * _LOGIT_CHANGE / moved)
+            if moved >= _LOGIT_CHANGE:
+                needed = min(needed, decrement * _LOGIT_CHANGE / moved)
         halved = decrement <= previous / 2
         length = step_length(theta, step, float(value), images, prior_precision) if halved or wide(images) else 0.0
         if length == 0.0 and not wide(images):
@@ -210,7 +215,7 @@ def find_map(
         if length == 0.0:
             break
         previous = decrement
-        theta = theta - length * step
+        theta = images.agreed(theta - length * step)
     raise not_found(decrement, float(value), tolerance)
 
 
@@ -237,7 +242,7 @@ def newton_step(mode: MapEstimate, step: Tensor, images: TrainingImages, prior_p
     length = step_length(mode.theta, step, value, images, prior_precision)
     if length == 0.0:
         raise not_found(mode.decrement, value)
-    theta = mode.theta - length * step
+    theta = images.agreed(mode.theta - length * step)
     lowered, gradient = negative_log_joint(theta, images, prior_precision)
     return MapEstimate(theta, float(lowered), gradient, math.nan)
 
@@ -250,7 +255,7 @@ def wide(images: TrainingImages) -> bool:
 def largest_change(images: TrainingImages, step: Tensor) -> float:
     """max over images and classes of |step phi~_n|: how far a step (K, D+1) moves a logit."""
     largest = torch.zeros((), dtype=images.dtype, device=images.device)
-    low = step.to(images.dtype)
+    low = images.agreed(step.to(images.dtype))
     for _, phi in images.chunks():
         largest = torch.maximum(largest, torch.addmm(low[:, -1:], low[:, :-1], phi.T).abs().max())
     return float(images.largest(largest))
@@ -265,7 +270,7 @@ def step_length(theta: Tensor, step: Tensor, value: float, images: TrainingImage
     """
     length, slack = 1.0, float(torch.finfo(images.dtype).eps) * abs(value)
     while length > 1e-6:
-        trial = float(negative_log_joint(theta - length * step, images, prior_precision)[0])
+        trial = float(negative_log_joint(images.agreed(theta - length * step), images, prior_precision)[0])
         if trial <= value + slack:
             return length
         length /= 2

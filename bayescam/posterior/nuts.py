@@ -194,6 +194,13 @@ def sample_nuts(
         num_classes=laplace.weight_mean.shape[0],
         class_weights=laplace.class_weights,
         group=group,
+        facts={
+            "num_chains": num_chains,
+            "settings": settings,
+            "tau_prior": tau_prior,
+            "deal_chains": deal_chains,
+            "laplace": [laplace.structure, *(f"{x:.4g}" for x in (laplace.prior_precision, laplace.theta_mean.norm()))],
+        },
     )
     if group is not None and (fits(images) if deal_chains is None else deal_chains):
         images = gathered(images)

@@ -61,6 +61,9 @@ def differentiable(potential: Potential, z: Tensor) -> Tensor:
 class SoftmaxLikelihood:
     """``model.negative_log_likelihood`` of one theta over all images, their chunks made ready once for many calls.
 
+    With a group rank 0 asks and the others ``serve``: theta goes out, the sums come back, and every decision of a walk
+    is taken on one rank.
+
     Args:
         images: the training images; their chunks are held in memory.
     """
@@ -75,15 +78,44 @@ class SoftmaxLikelihood:
         return phi, truth, None if weights is None else weights[span].to(phi)
 
     def value_and_gradient(self, theta: Tensor) -> tuple[float, Tensor]:
-        """theta (K, D+1) in the images' type -> (float, (K, D+1))."""
+        """theta (K, D+1) in the images' type -> (float, (K, D+1)); with a group of rank 0 alone."""
+        if self.images.group is None:
+            value, gradient = self._own(theta)
+            return value.item(), gradient
+        self._tell(theta)
+        both = self._summed(theta)
+        return both[0].item(), both[1:].view_as(theta).to(theta.dtype)
+
+    def _own(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         value, gradient = negative_log_likelihood(theta[None], *self._chunks[0])
         for chunk in self._chunks[1:]:
             more, slope = negative_log_likelihood(theta[None], *chunk)
             value, gradient = value + more, gradient.add_(slope)
-        if self.images.group is None:
-            return value.item(), gradient[0]
-        both = self.images.total(torch.cat([value, gradient.flatten().double()]))
-        return both[0].item(), both[1:].view_as(theta).to(theta.dtype)
+        return value, gradient[0]
+
+    def _summed(self, theta: Tensor) -> Tensor:
+        """Value and gradient over all ranks' images, [1 + K(D+1)] float64."""
+        value, gradient = self._own(theta)
+        return self.images.total(torch.cat([value, gradient.flatten().double()]))
+
+    def _tell(self, theta: Tensor | None) -> Tensor:
+        """Rank 0's message on every rank: 1 and theta, or 0 and nothing to do any more."""
+        k, width = self.images.num_classes, self.images.num_features + 1
+        message = torch.zeros(1 + k * width, dtype=torch.float64, device=self.images.device)
+        if theta is not None:
+            message[0] = 1.0
+            message[1:] = theta.flatten()
+        return self.images.agreed(message)
+
+    def serve(self) -> None:
+        """Answer rank 0 until it says that it is done."""
+        k, width = self.images.num_classes, self.images.num_features + 1
+        while bool((message := self._tell(None))[0]):
+            self._summed(message[1:].view(k, width).to(self.images.dtype))
+
+    def release(self) -> None:
+        """Let the ranks that ``serve`` go on."""
+        self._tell(None)
 
 
 class WhitenedPotential:

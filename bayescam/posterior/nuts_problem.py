@@ -12,7 +12,7 @@ from torch import Tensor
 from bayescam.posterior.hierarchical import HierarchicalPotential
 from bayescam.posterior.images import TrainingImages, as_features
 from bayescam.posterior.nuts_chain import ChainSettings, fingerprint
-from bayescam.posterior.nuts_potential import Potential, SoftmaxLikelihood, WhitenedPotential, whitening_basis
+from bayescam.posterior.nuts_potential import SoftmaxLikelihood, WhitenedPotential, whitening_basis
 from bayescam.storage import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Problem:
         tau = float(laplace.prior_precision)
         return cls(images, (mean - mean.mean(0)).to(images.device), basis.to(images.device), tau, tau_prior)
 
-    def potential(self) -> Potential:
+    def potential(self) -> WhitenedPotential | HierarchicalPotential:
         """The potential energy over z, or over (z, log tau) if tau is sampled."""
         likelihood = SoftmaxLikelihood(self.images)
         if self.tau_prior is None:

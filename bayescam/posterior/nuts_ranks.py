@@ -1,8 +1,8 @@
 """Chains over the ranks of a process group, in one of two ways.
 
 Where every rank can hold all images, the shards are gathered once and the chains are dealt out: rank r runs every
-R-th, and nothing is sent while they run. Where not, all ranks walk the same chains on the same random numbers, each on
-its own shard, and every evaluation of the potential is all-reduced: one message of K(D+1)+1 numbers a leapfrog step.
+R-th, and nothing is sent while they run. Where not, rank 0 walks every chain, and each evaluation of the potential is a
+sum over all ranks' shards: K(D+1)+1 numbers out and as many back a leapfrog step.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bayescam.parallel import from_first, memory, rank, size
+from bayescam.posterior.hierarchical import HierarchicalPotential
 from bayescam.posterior.images import TrainingImages, as_features
 from bayescam.posterior.nuts_chain import STATISTICS, Chain, ChainSettings, sample_chain
+from bayescam.posterior.nuts_potential import WhitenedPotential
 from bayescam.posterior.nuts_problem import Problem
 from bayescam.posterior.nuts_run import Progress, chain_path, kept_chain
 
@@ -43,7 +45,7 @@ def gathered(images: TrainingImages) -> TrainingImages:
     counts = [torch.empty_like(own) for _ in range(size(group))]
     dist.all_gather(counts, own, group=group)
     lengths = [int(count) for count in counts]
-    features = as_features(images.features).to(images.device)
+    features = as_features(images.features).to(images.device, images.dtype)
     weights = images.image_weights
     return TrainingImages(
         _rows_of_all(features, lengths, group),
@@ -73,7 +75,8 @@ def run_chains_on_ranks(
 ) -> list[Chain]:
     """All chains in their order, on every rank; rank 0 alone looks for finished ones in ``folder`` and keeps new ones.
 
-    The chains are dealt out if ``problem`` holds all images, and walked by all ranks if it holds a shard.
+    The chains are dealt out if ``problem`` holds all images, and walked by rank 0 with the others' help if it holds a
+    shard.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; what rank 0 had kept is kept.
@@ -81,7 +84,7 @@ def run_chains_on_ranks(
     dealt = problem.images.group is None
     mark = _mark_of_all(problem, settings, group)
     kept = {i: kept_chain(folder, i, mark) for i in range(num_chains)} if rank(group) == 0 else {}
-    missing: list[int] = from_first([i for i, chain in kept.items() if chain is None], group)
+    missing: list[int] = from_first([i for i, chain in kept.items() if chain is None], group, problem.images.device)
     bar = Progress(settings, num_chains, show=progress)
     chains: list[Chain] = []
     try:
@@ -92,23 +95,41 @@ def run_chains_on_ranks(
         ranks = size(group) if dealt else 1
         for begin in range(0, len(missing), ranks):
             heat = missing[begin : begin + ranks]
-            own = None
-            lane = rank(group) if dealt else 0
-            if lane < len(heat):
-                assert potential is not None
-                own = sample_chain(potential, settings, heat[lane], advance=partial(bar.advance, heat[lane]))
-                if not own.finished:
-                    raise KeyboardInterrupt
+            assert potential is not None
+            own = _own_chain(potential, settings, heat, bar, group, dealt=dealt)
             for source, index in enumerate(heat):
                 chain = _from(source, own, index, problem, settings, group)
                 chains.append(chain)
-                if source != lane:
+                if source != rank(group):
                     bar.skip()
                 if rank(group) == 0:
                     chain.save(chain_path(folder, index), mark)
     finally:
         bar.close()
     return sorted(chains, key=lambda chain: chain.index)
+
+
+def _own_chain(
+    potential: WhitenedPotential | HierarchicalPotential,
+    settings: ChainSettings,
+    heat: list[int],
+    bar: Progress,
+    group: ProcessGroup | None,
+    *,
+    dealt: bool,
+) -> Chain | None:
+    """This rank's chain of a heat, or None; where chains are walked together, rank 0's, which the others serve."""
+    lane = rank(group)
+    if not dealt and lane > 0:
+        potential.likelihood.serve()
+    if lane >= len(heat):
+        return None
+    chain = sample_chain(potential, settings, heat[lane], advance=partial(bar.advance, heat[lane]))
+    if not dealt:
+        potential.likelihood.release()
+    if not chain.finished:
+        raise KeyboardInterrupt
+    return chain
 
 
 def _mark_of_all(problem: Problem, settings: ChainSettings, group: ProcessGroup | None) -> str:

@@ -48,7 +48,13 @@ from torch import Tensor
 
 from bayescam.parallel import memory
 from bayescam.posterior.covariance import Covariance, DiagCovariance, KronCovariance
-from bayescam.posterior.curvature import full_covariance
+from bayescam.posterior.curvature import (
+    class_curvature,
+    feature_gram,
+    full_covariance,
+    kron_covariance,
+    probabilities_at,
+)
 from bayescam.posterior.expectations import LogitRule, Moments, expected_loss, logit_rule, logit_scales, moments
 from bayescam.posterior.images import TrainingImages, augment
 from bayescam.posterior.kronecker import covariance_of, projected_factors
@@ -112,6 +118,7 @@ class _Problem:
     images: TrainingImages
     rule: LogitRule
     tau: float
+    metric: Covariance | None
 
 
 def refine(laplace: Laplace, images: TrainingImages, *, num_points: int | None = None) -> Laplace:
@@ -133,14 +140,37 @@ def refine(laplace: Laplace, images: TrainingImages, *, num_points: int | None =
         num_points = next(points for least, points in _POINTS if count >= least)
     _check_memory(images, laplace.structure)
     rule = logit_rule(images, laplace.theta_mean, laplace.covariance, num_points, 0)
-    problem = _Problem(images, rule, laplace.prior_precision)
+    problem = _Problem(images, rule, laplace.prior_precision, _metric(images, laplace))
     scales = logit_scales(images, laplace.covariance)
     state, record = _climb(problem, _assess(problem, laplace.theta_mean, laplace.covariance, scales, None))
     other = logit_rule(images, laplace.theta_mean, laplace.covariance, 8 * num_points, 1)
     loss, _ = expected_loss(images, state.theta, state.covariance, state.scales, other)
     bound = elbo(images, state.theta, state.covariance, loss, problem.tau)
     record = replace(record, rule_error=abs(bound - state.elbo))
-    return _result(laplace, state, record, num_points)
+    return agreed(_result(laplace, state, record, num_points), images)
+
+
+def agreed(laplace: Laplace, images: TrainingImages) -> Laplace:
+    """Rank 0's posterior on every rank."""
+    if images.group is None:
+        return laplace
+    return replace(
+        laplace,
+        weight_mean=images.agreed(laplace.weight_mean.contiguous()),
+        bias_mean=images.agreed(laplace.bias_mean.contiguous()),
+        covariance=laplace.covariance.mapped(lambda value: images.agreed(value.contiguous())),
+        log_evidence=images.agreed_number(laplace.log_evidence),
+        gradient_norm=images.agreed_number(laplace.gradient_norm),
+        newton_decrement=images.agreed_number(laplace.newton_decrement),
+    )
+
+
+def _metric(images: TrainingImages, laplace: Laplace) -> Covariance | None:
+    """For "diag" the Kronecker covariance at the start; the others are metrics themselves."""
+    if laplace.structure != "diag":
+        return None
+    curvature = class_curvature(images, probabilities_at(laplace.theta_mean, images))
+    return kron_covariance(feature_gram(images), curvature, laplace.prior_precision, images.weight())
 
 
 def _check_memory(images: TrainingImages, structure: str) -> None:
@@ -150,8 +180,11 @@ def _check_memory(images: TrainingImages, structure: str) -> None:
         return
     k, width = images.num_classes, images.num_features + 1
     own = 3 * len(images.labels) * k * (k - 1) // 2 * torch.finfo(images.dtype).bits // 8
-    need, held = own + (16 * k * k * width if structure == "kron" else 0), memory(images.device)
-    if need > held:
+    need = own + (16 * k * k * width if structure == "kron" else 0)
+    own_lack = torch.tensor(need - memory(images.device), dtype=torch.float64, device=images.device)
+    lacking = images.largest(own_lack).item()
+    held = need - lacking
+    if lacking > 0:
         raise ValueError(
             f"refining structure {structure!r} needs {need / 2**30:.3g} GiB for {k} classes of {width - 1} features "
             f"and {len(images.labels)} images, this machine has {held / 2**30:.3g}; refine a fit of structure 'diag'"
@@ -167,7 +200,7 @@ def _climb(problem: _Problem, state: _State) -> tuple[_State, Refinement]:
         built += 1
         moved = _log_sd_change(images, state, trial) / step
         pull = _pull(images, moved, last)
-        distance = trial.covariance.distance(trial.theta - state.theta)
+        distance = images.agreed_number(trial.covariance.distance(trial.theta - state.theta))
         change = distance / step, _rms(images, moved), (trial.elbo - state.elbo) / step
         converged = all(abs(value) < limit for value, limit in zip(change, TOLERANCES, strict=True))
         if trial.elbo >= state.elbo:
@@ -213,19 +246,27 @@ def elbo(images: TrainingImages, theta: Tensor, covariance: Covariance, loss: fl
 
 
 def maximise_mean(
-    images: TrainingImages, theta: Tensor, covariance: Covariance, scales: Tensor, rule: LogitRule, tau: float
+    images: TrainingImages,
+    theta: Tensor,
+    covariance: Covariance,
+    scales: Tensor,
+    rule: LogitRule,
+    tau: float,
+    metric: Covariance | None = None,
 ) -> Tensor:
-    """The mean that maximises the ELBO at a fixed covariance, (K, D+1), by L-BFGS in whitened coordinates.
+    """The mean that maximises the ELBO at a fixed covariance, (K, D+1), by L-BFGS in coordinates whitened by a metric.
 
-    It stops where the whitened gradient, the distance left in posterior sds, is a fiftieth of the first, within
-    .005 and .05.
+    The metric is to be near the ELBO's own curvature in the mean, E_q[Hessian U]^-1: the covariance itself, unless that
+    is diagonal, which knows nothing of the features' correlations. It stops where the whitened gradient, the distance
+    left in posterior sds, is a fiftieth of the first, within .005 and .05.
     """
+    metric = metric or covariance
     first = math.inf
 
     def objective(z: Tensor) -> tuple[float, Tensor]:
-        moved = theta + covariance.unwhiten(z)
+        moved = images.agreed(theta + metric.unwhiten(z))
         loss, gradient = expected_loss(images, moved, covariance, scales, rule)
-        return loss + tau / 2 * float(moved.square().sum()), covariance.whiten_gradient(gradient + tau * moved)
+        return loss + tau / 2 * float(moved.square().sum()), metric.whiten_gradient(gradient + tau * moved)
 
     def near(norm: float) -> bool:
         nonlocal first
@@ -233,16 +274,16 @@ def maximise_mean(
         least, most = _MEAN_GRADIENT
         return norm < min(max(0.02 * first, least), most)
 
-    origin = torch.zeros_like(covariance.whiten_gradient(theta))
-    found = minimise(objective, origin, near=near, evaluations=_EVALUATIONS)
-    return theta + covariance.unwhiten(found)
+    origin = torch.zeros_like(metric.whiten_gradient(theta))
+    found = minimise(objective, origin, near=near, evaluations=_EVALUATIONS, agree=images.agreed_number)
+    return images.agreed(theta + metric.unwhiten(found))
 
 
 def _try(problem: _Problem, state: _State, natural: Tensor) -> _State:
     images, rule, tau = problem.images, problem.rule, problem.tau
     covariance = _covariance(images, natural, state.covariance, tau)
     scales = logit_scales(images, covariance)
-    theta = maximise_mean(images, state.theta, covariance, scales, rule, tau)
+    theta = maximise_mean(images, state.theta, covariance, scales, rule, tau, problem.metric)
     return _assess(problem, theta, covariance, scales, natural)
 
 
@@ -251,7 +292,7 @@ def _assess(problem: _Problem, theta: Tensor, covariance: Covariance, scales: Te
     loss, gradient = expected_loss(images, theta, covariance, scales, problem.rule)
     expected = moments(images, theta, covariance, scales, problem.rule)
     proposal = _natural(images, covariance, expected, tau)
-    bound = elbo(images, theta, covariance, loss, tau)
+    bound = images.agreed_number(elbo(images, theta, covariance, loss, tau))
     made_by = proposal if natural is None else natural
     return _State(theta, covariance, scales, bound, gradient + tau * theta, made_by, proposal)
 

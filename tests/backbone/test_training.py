@@ -111,6 +111,25 @@ def test_a_loss_that_is_not_finite_is_named(problem):
         _train(problem, learning_rate=1e30)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_batch_too_small_for_the_ranks_is_refused(monkeypatch, problem, ranks):
+    pixels, labels = problem
+    monkeypatch.setattr("bayescam.backbone.training.size", lambda group: ranks)
+    settings = TrainingSettings(epochs=1, batch_size=2 * ranks - 1)
+    with pytest.raises(BayescamError, match=rf"train.batch_size is .*let it be at least {2 * ranks}"):
+        train_backbone(
+            bc.Backbone("small", 3, image_size=SIZE),
+            pixels,
+            labels,
+            train=np.arange(36),
+            valid=np.arange(36, N),
+            settings=settings,
+            seed=0,
+            checkpoint=None,
+            progress=False,
+        )
+
+
 def test_augmented_images_stay_in_range_and_follow_their_own_amounts_alone():
     images, amounts = torch.rand(6, 1, 24, 24), torch.rand(6, 6)
     one = augment(images, amounts)

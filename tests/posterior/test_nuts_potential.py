@@ -115,7 +115,7 @@ def test_float32_products_move_the_energy_by_less_than_a_thousandth(which):
         exact, slope = fine.value_and_gradient(z)
         rounded, rough = coarse.value_and_gradient(z)
         assert abs(exact - rounded) < 1e-3
-        torch.testing.assert_close(slope, rough, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(slope, rough, rtol=1e-4, atol=1e-3)  # in sds: how near to the MAP float32 comes
         assert rough.dtype == torch.float64
 
 
