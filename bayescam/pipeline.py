@@ -79,13 +79,12 @@ def _follow(group: ProcessGroup | None) -> None:
 
 
 def report_again(path: Path) -> list[Path]:
-    """Write the report and the model card of a complete run anew; ``run.json`` follows."""
-    from bayescam.report.html import write_report
-    from bayescam.report.model_card import write_model_card
+    """Draw the figures and write the report and the model card of a complete run anew; ``run.json`` follows."""
+    from bayescam.report.pages import write_pages
 
     sealed(of_images(path))
     facts = read_json(path / "run.json")
-    written = [write_report(path), write_model_card(path)]
+    written = write_pages(path)
     RunFolder(path).complete({key: facts.get(key) for key in ("bayescam", "seed", "preset")})
     return written
 

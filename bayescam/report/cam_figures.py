@@ -20,7 +20,15 @@ from matplotlib.ticker import MaxNLocator
 
 from bayescam.data.pixels import Geometry
 from bayescam.explain.cam import CamPosterior
-from bayescam.report.cam_panels import CasePanels, caption, case_panels, percent, shared_limit, shared_spread
+from bayescam.report.cam_panels import (
+    CasePanels,
+    Chance,
+    caption,
+    case_panels,
+    shared_limit,
+    shared_spread,
+    shown_chance,
+)
 from bayescam.report.cam_tiles import (
     CHANCE,
     INK,
@@ -32,9 +40,9 @@ from bayescam.report.cam_tiles import (
     draw_mean,
     draw_radiograph,
     draw_sd,
-    short,
     value_suppressing,
 )
+from bayescam.report.wording import chance, percent, short
 from bayescam.storage import printable
 
 _MOST_CLASSES = 12
@@ -47,6 +55,7 @@ def case_figure(
     label: int,
     classes: Sequence[str],
     probabilities: Sequence[float] | None = None,
+    interval: tuple[float, float] | None = None,
     geometry: Geometry | None = None,
     limit: float | None = None,
     spread: float | None = None,
@@ -54,7 +63,7 @@ def case_figure(
     level: float = 0.9,
     suppress: bool = False,
 ) -> Figure:
-    """One radiograph with the map of one class: the image untouched, mean, sd, P(CAM > 0) with contours, probabilities.
+    """One radiograph with the map of one class: the image untouched, mean, sd, where it stands out, probabilities.
 
     Args:
         image: (H, W) in [0, 1], the original.
@@ -62,11 +71,12 @@ def case_figure(
         label: the class whose map is drawn.
         classes: K names.
         probabilities: (K,) of the posterior predictive.
+        interval: the 90 % credible interval of the most probable class's probability.
         geometry: how the network saw the image.
         limit: the colour scale of the mean goes from -limit to limit, logits; pass one for all images of a set.
         spread: the end of the sd's colour scale; this image's own without it.
         title: a line above, as it is.
-        level: probability of the contours, solid for the joint region and dashed point by point.
+        level: probability of the contours, solid for places all at once and dashed for each by itself.
         suppress: draw the mean in the value-suppressing palette: where its sign is unsure it fades.
 
     Raises:
@@ -80,6 +90,7 @@ def case_figure(
         probabilities=probabilities,
         geometry=geometry,
         title=title,
+        interval=interval,
     )
     return draw_case(case, limit=limit, spread=spread, level=level, suppress=suppress)
 
@@ -107,14 +118,16 @@ def draw_case(
     draw_radiograph(panels[0], case, "radiograph")
     draw_mean(panels[1], case, limit, suppress, f"evidence for {short(case.classes[case.label], 16)}, mean")
     draw_sd(panels[2], case, spread, "its posterior sd")
-    draw_chance(panels[3], case, level, "P(evidence > 0)")
+    shown = shown_chance(case)
+    draw_chance(panels[3], case, level, shown.name)
     if suppress:
         _suppressing_key(bars[1], limit)
     else:
         _bar(bars[1], SIGNED, Normalize(-limit, limit), "logits")
     _bar(bars[2], SPREAD, Normalize(0, spread), "logits")
-    jointly = "" if case.joint is None else f"; solid: {percent(level)} jointly"
-    _bar(bars[3], CHANCE, Normalize(0, 1), f"probability\ndashed: {percent(level)} at each point{jointly}")
+    together = "" if shown.jointly is None else "; solid: all at once"
+    outlines = f"dashed: {percent(level)}, each place by itself{together}"
+    _bar(bars[3], CHANCE, Normalize(0, 1), f"{shown.words}\n{outlines}")
     if case.probabilities is not None:
         _probabilities(panels[4], case)
     _words(bottom, caption(case, level=level), width=int(17 * figure.get_figwidth()))
@@ -124,7 +137,7 @@ def draw_case(
 def gallery_figure(
     cases: Sequence[CasePanels], *, limit: float | None = None, level: float = 0.9, columns: int = 2, title: str = ""
 ) -> Figure:
-    """Many radiographs on shared scales: four tiles each (radiograph, mean, sd, P(CAM > 0)), ``columns`` cases a row.
+    """Many radiographs on shared scales: the four tiles of ``case_figure`` each, ``columns`` cases a row.
 
     Args:
         cases: from ``case_panels`` or ``cell_panels``.
@@ -148,39 +161,25 @@ def gallery_figure(
     for number, case in enumerate(cases):
         row, column = divmod(number, columns)
         _strip(tiles[row, 5 * column : 5 * column + 4], case, limit, spread, level)
-    _scales(figure, scales, limit, spread, level, any(case.joint is not None for case in cases))
-    return figure
-
-
-def strip_figure(case: CasePanels, *, limit: float, spread: float, level: float = 0.9) -> Figure:
-    """One radiograph's four tiles in a row, on the scales of ``scales_figure``; arguments as in ``draw_case``."""
-    figure = _figure(5.6, 1.6)
-    _strip(figure.subplots(1, 4), case, limit, spread, level)
-    return figure
-
-
-def scales_figure(*, limit: float, spread: float, level: float = 0.9, joint: bool = True) -> Figure:
-    """The colour scales that many ``strip_figure`` share."""
-    figure = _figure(9.2, 1.0)
-    _scales(figure, figure, limit, spread, level, joint)
+    _scales(figure, scales, limit, spread, level, shown_chance(cases[0]))
     return figure
 
 
 def _strip(tiles: Iterable[Axes], case: CasePanels, limit: float, spread: float, level: float) -> None:
-    radiograph, mean, sd, chance = tiles
-    draw_radiograph(radiograph, case, short(case.title, 18))
+    radiograph, mean, sd, probability = tiles
+    draw_radiograph(radiograph, case, short(case.title, 16))
     draw_mean(mean, case, limit, False, _heading(case))
     draw_sd(sd, case, spread, "sd")
-    draw_chance(chance, case, level, "P(evidence > 0)")
+    draw_chance(probability, case, level, shown_chance(case).name)
 
 
-def _scales(figure: Figure, place: Any, limit: float, spread: float, level: float, joint: bool) -> None:
+def _scales(figure: Figure, place: Any, limit: float, spread: float, level: float, shown: Chance) -> None:
     words, *bars = place.subplots(1, 4, width_ratios=[0.6, 1, 1, 1])
     words.set_axis_off()
     named = (
         (SIGNED, Normalize(-limit, limit), "mean evidence, logits\n(0: the average class)"),
         (SPREAD, Normalize(0, spread), "posterior sd, logits"),
-        (CHANCE, Normalize(0, 1), f"P(evidence > 0)\ncontours at {percent(level)}"),
+        (CHANCE, Normalize(0, 1), f"{shown.words}\noutlines at {percent(level)}"),
     )
     for axis, (colours, norm, text) in zip(bars, named, strict=True):
         axis.set_axis_off()
@@ -192,9 +191,10 @@ def _scales(figure: Figure, place: Any, limit: float, spread: float, level: floa
             aspect=22,
             ticks=MaxNLocator(4),
         )
-        bar.set_label(text, fontsize=8)
+        bar.set_label(text, fontsize=7.5)
         bar.ax.tick_params(labelsize=7)
-    words.legend(handles=contour_handles(level, joint), loc="center", fontsize=8, frameon=False)
+    handles = contour_handles(level, shown.jointly is not None)
+    words.legend(handles=handles, loc="center", fontsize=8, frameon=False)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -246,8 +246,12 @@ def _suppressing_key(axis: Axes, limit: float) -> None:
 
 
 def _heading(case: CasePanels) -> str:
-    name = "for " + short(case.classes[case.label], 12)
-    return name if case.probabilities is None else f"{name}, p = {case.probabilities[case.label]:.2f}"
+    name = short(case.classes[case.label], 12)
+    return name if case.probabilities is None else f"{name}\np {_equals(chance(case.probabilities[case.label]))}"
+
+
+def _equals(words: str) -> str:
+    return words if words[0] in "<>" else f"= {words}"
 
 
 def _title(parent: Any, title: str) -> None:

@@ -7,15 +7,24 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import AbstractPathEffect, withStroke
 from scipy.ndimage import gaussian_filter
 
-from bayescam.report.cam_panels import CasePanels, percent
+from bayescam.report.cam_panels import CasePanels, shown_chance
+from bayescam.report.wording import percent
 
 SIGNED, SPREAD, CHANCE = "RdBu_r", "cividis", "PuOr_r"
 SURE = (0.75, 0.9, 0.975)
 INK = "0.15"
-_LINE = "0.45"
+TILES = ("radiograph", "evidence", "sd", "chance")
+_LINE = "0.35"
+_PIXELS = 288  # along the longer side of a tile
+_STROKE: list[AbstractPathEffect] = [withStroke(linewidth=3, foreground="white")]  # shows on any colour
 
 
 def value_suppressing(mean: np.ndarray, sureness: np.ndarray, limit: float) -> np.ndarray:
@@ -32,6 +41,35 @@ def value_suppressing(mean: np.ndarray, sureness: np.ndarray, limit: float) -> n
     colours = colormaps[SIGNED]((at + 0.5) / bins)[..., :3]
     grey = np.array([0.86, 0.86, 0.86])
     return colours + (grey - colours) * (step / 3)[..., None]
+
+
+def tile_images(case: CasePanels, *, limit: float, spread: float, level: float = 0.9) -> dict[str, np.ndarray]:
+    """The four tiles of ``TILES`` as pictures without a word, RGBA (H, W, 4) uint8.
+
+    Args:
+        case: what is shown.
+        limit: the colours of the mean go from -limit to limit, logits.
+        spread: those of the sd from 0 to it.
+        level: probability of the outlines.
+    """
+    height, width = case.image.shape
+    scale = _PIXELS / max(height, width)
+    down, across = round(height * scale), round(width * scale)
+    figure = Figure(figsize=(4 * across / 144, down / 144), dpi=144)
+    canvas = FigureCanvasAgg(figure)
+    axes = [figure.add_axes((place / 4, 0, 0.25, 1)) for place in range(4)]
+    draw_radiograph(axes[0], case, "")
+    draw_mean(axes[1], case, limit, False, "")
+    draw_sd(axes[2], case, spread, "")
+    draw_chance(axes[3], case, level, "")
+    canvas.draw()
+    drawn = np.asarray(canvas.buffer_rgba())
+    return dict(zip(TILES, np.array_split(drawn, 4, axis=1), strict=True))
+
+
+def colour_stops(name: str, count: int = 17) -> list[str]:
+    """The colours of a scale from its low to its high end, as #rrggbb."""
+    return [to_hex(colour) for colour in colormaps[name](np.linspace(0, 1, count))]
 
 
 def draw_radiograph(axis: Axes, case: CasePanels, title: str) -> None:
@@ -63,21 +101,24 @@ def draw_sd(axis: Axes, case: CasePanels, spread: float, title: str) -> None:
 
 
 def draw_chance(axis: Axes, case: CasePanels, level: float, title: str) -> None:
-    """P(CAM > 0), outlined where it is at least ``level``: dashed point by point, solid jointly."""
-    axis.imshow(case.above, cmap=CHANCE, vmin=0, vmax=1, extent=_extent(case), interpolation="nearest")
+    """``shown_chance``, outlined where it is at least ``level``: dashed each place by itself, solid all at once."""
+    shown = shown_chance(case)
+    axis.imshow(shown.alone, cmap=CHANCE, vmin=0, vmax=1, extent=_extent(case), interpolation="nearest")
     _anatomy(axis, case)
-    _contour(axis, case, case.above, level, "dashed")
-    if case.joint is not None:
-        _contour(axis, case, case.joint, level, "solid")
-    if float(case.sd.max()) == 0:
+    _contour(axis, case, shown.alone, level, "dashed")
+    if shown.jointly is not None:
+        _contour(axis, case, shown.jointly, level, "solid")
+    if case.is_flat:
+        _say(axis, "flat map", "white")
+    elif float(case.sd.max()) == 0:
         _say(axis, "sd is 0: P is 0 or 1", "white")
     _frame(axis, title)
 
 
 def contour_handles(level: float, joint: bool) -> list[Line2D]:
     """What the outlines mean, for a legend."""
-    dashed = Line2D([], [], color="black", linestyle="dashed", linewidth=1.2, label=f"{percent(level)} at each point")
-    solid = Line2D([], [], color="black", linewidth=1.2, label=f"{percent(level)} jointly")
+    dashed = Line2D([], [], color="black", linestyle="dashed", linewidth=1.2, label=f"{percent(level)}, each by itself")
+    solid = Line2D([], [], color="black", linewidth=1.2, label=f"{percent(level)}, all at once")
     return [dashed, solid] if joint else [dashed]
 
 
@@ -90,23 +131,23 @@ def _contour(axis: Axes, case: CasePanels, values: np.ndarray, level: float, sty
     height, width = case.image.shape
     y = (np.arange(values.shape[0]) + 0.5) * height / values.shape[0]
     x = (np.arange(values.shape[1]) + 0.5) * width / values.shape[1]
-    axis.contour(x, y, values, levels=[level], colors="black", linewidths=1.3, linestyles=style)
+    lines = axis.contour(x, y, values, levels=[level], colors="black", linewidths=1.4, linestyles=style)
+    if style == "solid":
+        lines.set_path_effects(_STROKE)
 
 
 def _anatomy(axis: Axes, case: CasePanels) -> None:
-    """Thin outlines of the radiograph, which leave the colours as they are."""
-    smooth = gaussian_filter(case.image, 0.015 * max(case.image.shape))
+    """A few thin outlines of the radiograph, which leave the colours as they are; small ones are left out."""
+    side = max(case.image.shape)
+    smooth = gaussian_filter(case.image, 0.03 * side)
     if np.ptp(smooth) < 1e-3:
         return
-    levels = np.unique(np.quantile(smooth[smooth > smooth.min()], [0.35, 0.75]))
+    level = (smooth.min() + smooth.max()) / 2
     height, width = case.image.shape
-    x, y = np.arange(width) + 0.5, np.arange(height) + 0.5
-    axis.contour(x, y, smooth, levels=levels, colors=_LINE, linewidths=0.5, alpha=0.8)
-
-
-def short(text: str, most: int) -> str:
-    """The text, or its beginning and an ellipsis."""
-    return text if len(text) <= most else text[: most - 1] + "…"
+    found = axis.contour(np.arange(width) + 0.5, np.arange(height) + 0.5, smooth, levels=[level], linewidths=0)
+    pieces = [piece for piece in found.allsegs[0] if np.hypot(*np.diff(piece, axis=0).T).sum() > 0.5 * side]
+    found.remove()
+    axis.add_collection(LineCollection(pieces, colors=_LINE, linewidths=0.6, alpha=0.7), autolim=False)
 
 
 def _say(axis: Axes, words: str, colour: str) -> None:

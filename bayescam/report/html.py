@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import math
-import tomllib
 from collections.abc import Sequence
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -12,36 +11,42 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from bayescam.diagnose.diagnosis import diagnose_run
+from bayescam.diagnose.diagnosis import Diagnosis
 from bayescam.diagnose.intervals import count_groups, interval_words
 from bayescam.errors import FileFormatError
-from bayescam.report.cam_panels import brief_caption, caption
-from bayescam.report.figures import cam_cases
-from bayescam.report.run_files import RunFiles
+from bayescam.report.cam_panels import brief_caption, caption, shown_chance
+from bayescam.report.cam_tiles import CHANCE, SIGNED, SPREAD, TILES, colour_stops
+from bayescam.report.gallery import TITLES, Group, gallery, tile_name
+from bayescam.report.glossary import GLOSSARY, term_of_check
+from bayescam.report.judgement import (
+    HEADLINES,
+    SPOKEN,
+    SUBJECTS,
+    close_enough,
+    consequence,
+    far_from_map,
+    soundness,
+    trainings,
+)
+from bayescam.report.run_files import SPLITS, RunFiles
 from bayescam.report.style import NAMES
+from bayescam.report.weights import effects, told_from_zero, top_features
+from bayescam.report.wording import compact, digits_of, fixed, percent, tight
 from bayescam.storage import write_text
 
-HEADLINES = {
-    "laplace": "The Laplace posterior predicts like NUTS here.",
-    "refine": "The Laplace posterior does not predict like NUTS here; the refined one does.",
-    "nuts": "Neither Gaussian posterior predicts like NUTS here; use NUTS.",
-    "undecided": "Nothing can be said about Laplace: NUTS itself has not converged.",
-}
-SPEAKERS = {"laplace": "laplace_full", "refine": "laplace_refined", "nuts": "nuts", "undecided": "map"}
-SPOKEN = {
-    "laplace_full": "the Laplace posterior",
-    "laplace_refined": "the refined posterior",
-    "nuts": "NUTS",
-    "map": "the last layer at its most probable weights",
-}
-AGAINST_NUTS = {"map": "MAP", "laplace": "Laplace, full", "refined": "refined", "nuts_half": "NUTS, half against half"}
+AGAINST_NUTS = {"map": NAMES["map"], "laplace": NAMES["laplace_full"], "refined": NAMES["laplace_refined"]}
 DIFFERENCES = ("total_variation", "agreement", "nll_difference", "ece_difference")
-GALLERY = {
-    "surest_right": "The surest of those that are right, each class in turn",
-    "surest_wrong": "The surest of those that are wrong",
-    "most_uncertain": "The most uncertain",
-}
-FIGURES = ("reliability", "risk_coverage", "confusion", "agreement", "weights", "scales", "trace", "training")
+FIGURES = (
+    "reliability",
+    "risk_coverage",
+    "confusion",
+    "distance",
+    "agreement",
+    "effects",
+    "weights",
+    "trace",
+    "training",
+)
 UNCERTAIN = {
     "entropy": "entropy, nat",
     "mutual_information": "mutual information, nat",
@@ -59,9 +64,10 @@ MORE_METRICS = {
     "brier_remainder": "Brier: remainder",
 }
 NEITHER_BETTER = ("brier_uncertainty", "brier_remainder")
+_OPEN = 3  # radiographs of a group that are not folded away
 
 
-def write_report(run_folder: Path) -> Path:
+def write_report(files: RunFiles) -> Path:
     """Write ``report.html`` into a run folder from its files; needs ``figures/`` to be drawn.
 
     Returns:
@@ -70,132 +76,223 @@ def write_report(run_folder: Path) -> Path:
     Raises:
         BayescamError: a file of the run is missing or broken.
     """
-    files = RunFiles(run_folder)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["fixed"] = fixed
+    environment.filters |= {"fixed": fixed, "percent": percent, "tight": tight}
     source = package_files("bayescam.report").joinpath("report.html.j2").read_text(encoding="utf-8")
-    path = Path(run_folder) / "report.html"
-    write_text(path, environment.from_string(source).render(contents(files)))
+    shown = gallery(files)
+    page = {**contents(files), **pictured(files, shown), "figure": figures(files, shown)}
+    path = files.folder / "report.html"
+    write_text(path, environment.from_string(source).render(page))
     return path
 
 
 def contents(files: RunFiles) -> dict[str, Any]:
-    """Everything the template shows, as plain values."""
-    verdict = files.comparison["verdict"]
-    diagnosis = diagnose_run(files.folder)
-    shown = gallery(files)
-    settings = tomllib.loads((files.folder / "config.toml").read_text(encoding="utf-8"))
+    """What the report and the model card say, as plain values."""
+    diagnosis = files.diagnosis
+    told, weights, narrowed = told_from_zero(files)
+    timings = files.json("timings.json")
     return {
-        "title": f"bayescam: {files.data['name']}",
-        "verdict": verdict,
-        "headline": HEADLINES[verdict],
+        "name": files.data["name"],
+        "verdict": files.verdict,
+        "headline": HEADLINES[files.verdict],
         "words": files.comparison["words"],
-        "speaker": SPOKEN[SPEAKERS[verdict]],
-        "plain": files.metrics["intervals"][SPEAKERS[verdict]],
-        "num_weights": files.nuts_weights[0, 0].size,
+        "consequence": consequence(files),
+        "far": far_from_map(files),
+        "speaker": SPOKEN[files.speaker],
+        "speaker_name": NAMES[files.speaker],
+        "mapped": SPOKEN[files.mapped],
+        "plain": files.metrics["intervals"][files.speaker],
         "data": files.data,
         "equal": files.data.get("equal_across_splits", []),
+        "disputed": files.data.get("equal_of_several_labels", []),
         "classes": class_rows(files),
+        "totals": [sum(files.data["counts"][part].values()) for part in SPLITS],
+        "patients": [files.patients_by_split[part] for part in SPLITS],
+        "num_unnamed": files.num_unnamed,
         "resampled": files.resampled,
+        "num_resampled": count_groups(files.patients),
         "interval_words": interval_words(count_groups(files.patients), files.resampled, where="Below each number"),
+        "interval_words_in_brackets": interval_words(count_groups(files.patients), files.resampled),
         "metrics": files.metrics,
         "rows": metric_rows(files),
         "more_rows": metric_rows(files, list(MORE_METRICS)),
         "more": MORE_METRICS,
         "uncertainty": [{"method": NAMES.get(name, name), **row} for name, row in files.metrics["uncertainty"].items()],
         "uncertain": UNCERTAIN,
-        "tolerance": files.tolerance,
+        "limits": files.limits,
+        "thresholds": files.comparison["thresholds"],
         "against": against_rows(files),
-        "spoken": SPOKEN,
-        "figures": figures(files, shown),
-        "gallery": shown,
-        "cams": {key: _plain(value) for key, value in files.cams.attrs.items()},
-        "checks": diagnosis.checks,
-        "passed": diagnosis.passed,
-        "failed": [f"{check.subject}: {check.name}" for check in diagnosis.failed],
-        "nuts_doubts": [check.name for check in diagnosis.failed if check.subject == "nuts"],
-        "seeds": files.json("seeds.json") if (files.folder / "seeds.json").is_file() else None,
+        "told": told,
+        "num_weights": weights,
+        "narrowed": narrowed,
+        "cams": {key: value.item() if hasattr(value, "item") else value for key, value in files.cams.attrs.items()},
+        "marker": marker_words(files),
+        "checks": check_rows(diagnosis),
+        "soundness": soundness(diagnosis),
+        "seeds": files.seeds,
+        "trainings": trainings(files),
         "environment": files.json("environment.json"),
-        "timings": files.json("timings.json")["stages"],
-        "settings": settings,
+        "timings": timings["stages"],
+        "finished": timings.get("finished"),
+        "identity": files.identity,
+        "settings": files.settings,
+        "glossary": GLOSSARY,
     }
 
 
 def metric_rows(files: RunFiles, names: Sequence[str] = HEADLINE_METRICS) -> list[dict[str, Any]]:
-    """Metrics of every method with their bootstrap intervals over patients; the best is marked where one is."""
+    """Metrics of every method with their bootstrap intervals; what prints as well as the best is marked with it."""
     intervals = files.metrics["intervals"]
     rows = [
-        {"method": NAMES.get(method, method), "cells": [{**intervals[method][name], "best": False} for name in names]}
+        {
+            "method": NAMES.get(method, method),
+            "cells": [{**intervals[method][name], "digits": digits_of(name), "best": False} for name in names],
+        }
         for method in files.metrics["methods"]
     ]
     for column, name in enumerate(names):
         larger = name.startswith("accuracy") or name == "brier_resolution"
-        best = (max if larger else min)(row["cells"][column]["value"] for row in rows)
-        for row in rows:
-            row["cells"][column]["best"] = name not in NEITHER_BETTER and row["cells"][column]["value"] == best
+        cells = [row["cells"][column] for row in rows]
+        best = fixed((max if larger else min)(cell["value"] for cell in cells), digits_of(name))
+        for cell in cells:
+            cell["best"] = name not in NEITHER_BETTER and fixed(cell["value"], digits_of(name)) == best
     return rows
 
 
 def against_rows(files: RunFiles) -> list[dict[str, Any]]:
-    """How far each posterior's predictions are from NUTS's, each number with its interval over patients."""
+    """How far each posterior's predictions are from NUTS's, and whether that is close; last NUTS, half against half."""
     found = files.comparison["predictive"]
-    return [
-        {
-            "method": words,
-            "cells": [
-                {"value": found[name][key], "low": found[name][f"{key}_low"], "high": found[name][f"{key}_high"]}
-                for key in DIFFERENCES
-            ],
-        }
+
+    def cells(name: str) -> list[dict[str, Any]]:
+        return [
+            {
+                "value": found[name][key],
+                "low": found[name][f"{key}_low"],
+                "high": found[name][f"{key}_high"],
+                "digits": digits_of(key),
+            }
+            for key in DIFFERENCES
+        ]
+
+    rows = [
+        {"method": words, "cells": cells(name), "close": close_enough(files, name)}
         for name, words in AGAINST_NUTS.items()
         if name in found
     ]
-
-
-def gallery(files: RunFiles) -> list[dict[str, Any]]:
-    """The gallery's radiographs in their groups: the picture's name, what it shows in brief, and in full."""
-    cases = [
-        {"figure": f"case-{n}", "words": brief_caption(case), "full": caption(case)}
-        for n, case in enumerate(cam_cases(files), 1)
-    ]
-    groups = []
-    for name, title in GALLERY.items():
-        size = int(files.cams.attrs[name])
-        groups.append({"title": title, "cases": cases[:size]})
-        cases = cases[size:]
-    return [group for group in groups if group["cases"]]
+    return [*rows, {"method": "NUTS, half against half", "cells": cells("nuts_half"), "close": None}]
 
 
 def class_rows(files: RunFiles) -> list[dict[str, Any]]:
-    """Each class with its images by split and its accuracy under NUTS; the accuracy is None without test images."""
-    found, counts = files.metrics["intervals"]["nuts"], files.data["counts"]
+    """Each class with its images by split and the speaker's accuracy on it, None without test images."""
+    found, counts = files.metrics["intervals"][files.speaker], files.data["counts"]
     return [
-        {
-            "name": name,
-            "counts": [counts[part][name] for part in ("train", "valid", "test")],
-            "accuracy": found.get(f"accuracy[{k}]"),
-        }
+        {"name": name, "counts": [counts[part][name] for part in SPLITS], "accuracy": found.get(f"accuracy[{k}]")}
         for k, name in enumerate(files.classes)
     ]
 
 
-def figures(files: RunFiles, shown: Sequence[dict[str, Any]]) -> dict[str, str]:
+def marker_words(files: RunFiles) -> dict[str, Any] | None:
+    """How often the marker outranks the bones, on average over test images; None where no image shows both."""
+    found = files.cams.attrs
+    if not found["marker_images"]:
+        return None
+    low, high = (float(found[f"marker_{end}"]) for end in ("low", "high"))
+    words = f"{fixed(low, 2)} to {fixed(high, 2)}, 90 % interval over {files.resampled}"
+    interval = "no interval" if math.isnan(low) else words
+    return {"images": int(found["marker_images"]), "mean": float(found["marker_mean"]), "interval": interval}
+
+
+def check_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
+    """The checks by subject, each with the term that explains it."""
+    return [
+        {
+            "subject": SUBJECTS.get(subject, subject),
+            "checks": [
+                {
+                    "name": check.name,
+                    "term": term_of_check(check.name),
+                    "number": compact(check.value),
+                    "rule": check.words,
+                    "word": check.word,
+                }
+                for check in diagnosis.checks
+                if check.subject == subject
+            ],
+        }
+        for subject in dict.fromkeys(check.subject for check in diagnosis.checks)
+    ]
+
+
+def pictured(files: RunFiles, shown: Sequence[Group]) -> dict[str, Any]:
+    """The gallery, its scales and the features, as the template shows them."""
+    mean, sd = effects(files, files.speaker)
+    names = files.cams["feature_obs_id"].values if "feature_obs_id" in files.cams else [""] * mean.shape[1]
+    probability = shown_chance(shown[0].cases[0])
+    return {
+        "gallery": [_group(group) for group in shown],
+        "tiles": dict(zip(TILES, ("radiograph", "evidence, mean", "its sd", probability.name), strict=True)),
+        "probability": probability.words,
+        "chance_colours": ", ".join(colour_stops(CHANCE)),
+        "signed_colours": ", ".join(colour_stops(SIGNED)),
+        "spread_colours": ", ".join(colour_stops(SPREAD)),
+        "features": [
+            {
+                "number": number,
+                "feature": d,
+                "label": files.classes[k],
+                "effect": float(mean[k, d]),
+                "low": float(mean[k, d] - 1.645 * sd[k, d]),
+                "high": float(mean[k, d] + 1.645 * sd[k, d]),
+                "obs_id": str(name),
+            }
+            for number, ((k, d), name) in enumerate(zip(top_features(files), names, strict=False), 1)
+        ],
+        "has_features": "shown_feature" in files.cams.coords,
+    }
+
+
+def _group(group: Group) -> dict[str, Any]:
+    title, measure = TITLES[group.name]
+    cases = [
+        {
+            "number": number,
+            "name": case.title,
+            "wrong": case.truth != case.label,
+            "lines": brief_caption(case),
+            "full": caption(case),
+        }
+        for number, case in enumerate(group.cases, group.first)
+    ]
+    limit, spread = group.limit, group.spread
+    return {
+        "title": title,
+        "measure": measure,
+        "remark": group.remark,
+        "open": cases[:_OPEN],
+        "folded": cases[_OPEN:],
+        "left_out": group.left_out,
+        "signed": [-limit, -limit / 2, 0.0, limit / 2, limit],
+        "spread": [0.0, spread / 2, spread],
+        "beyond": group.beyond,
+    }
+
+
+def figures(files: RunFiles, shown: Sequence[Group]) -> dict[str, str]:
     """Every picture of the page as a data URI."""
-    names = [*FIGURES, *(case["figure"] for group in shown for case in group["cases"])]
+    names = list(FIGURES) + (["seeds"] if files.seeds is not None else [])
+    names += [
+        tile_name(number, tile)
+        for group in shown
+        for number in range(group.first, group.first + len(group.cases))
+        for tile in TILES
+    ]
+    if "shown_feature" in files.cams.coords:
+        names += [f"feature-{number}" for number in range(1, 1 + files.cams.sizes["shown_feature"])]
     found = {name: files.folder / "figures" / f"{name}.png" for name in names}
     for path in found.values():
         if not path.is_file():
             raise FileFormatError(f"{path}: missing; restore it or run again")
     return {name: _data_uri(path) for name, path in found.items()}
-
-
-def fixed(value: float | None, digits: int) -> str:
-    """A number with so many digits after the point, and no negative zero; a dash where there is none."""
-    return "–" if value is None or math.isnan(value) else f"{value:z.{digits}f}"
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
 
 
 def _data_uri(path: Path) -> str:

@@ -9,7 +9,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from bayescam.report.wording import short
+
 INK, QUIET = "#222222", "#8a8a8a"
+FAINT = (0, 0, 0, 0.1)  # of the grid: an ink, so that it shows on white and, inverted, on black
+HALF = 4.8  # inches: half the report's page, and all of a telephone's
 # Okabe and Ito (2008): told apart with every common colour deficiency.
 COLOURS = {
     "cnn": "#8a8a8a",
@@ -21,6 +25,7 @@ COLOURS = {
     "laplace_refined": "#009E73",
     "nuts": "#D55E00",
 }
+CHAINS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")  # no two of a hue
 NAMES = {
     "cnn": "CNN",
     "map": "MAP",
@@ -48,14 +53,14 @@ def plain(axes: Axes, *, title: str = "", x: str = "", y: str = "") -> Axes:
     axes.tick_params(labelsize=8, colors=INK)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.grid(True, color="#e6e6e6", linewidth=0.6)
+    axes.grid(True, color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     return axes
 
 
 def named_ticks(axes: Axes, names: Sequence[str], *, axis: str) -> None:
     """Names from users as tick labels: never mathtext."""
-    labels = [name if len(name) <= 24 else name[:23] + "…" for name in names]
+    labels = [short(name, 24) for name in names]
     if axis == "x":
         texts = axes.set_xticks(range(len(names)), labels, rotation=35, ha="right", fontsize=8)
         written = axes.get_xticklabels()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import torch
 
 from bayescam.errors import BayescamError
+from bayescam.posterior.laplace import Laplace
 from bayescam.stages.state import INTERVAL_LEVEL, RunState, chosen_posterior, load_posterior, warn
-from bayescam.storage import load_netcdf, write_text
+from bayescam.storage import load_netcdf, printable, write_text
 
+_SHOWN = 6  # features of which the report shows what they respond to
 _MARKED = 100  # test images of which the report says whether the model looks at the marker
 
 
@@ -61,12 +64,13 @@ def cams(state: RunState) -> None:
         outranks, marker = _marker(state, gallery, predictions["probs"].values.argmax(1), method)
         found = _maps(state, state.rows("test")[gallery], predictions.isel(obs_id=gallery), method)
         found["marker_outranks"] = (("obs_id",), outranks)
+        found = found.merge(_features(state, method))
         found.attrs |= {"posterior": method, **sizes, **marker}
         save_dataset(found, folder / "cams.nc")
 
 
 def _maps(state: RunState, rows: np.ndarray, chosen: Any, method: str) -> Any:
-    """The images of ``rows``, their maps' mean and sd, and what was predicted for them; two are of that class."""
+    """The images of ``rows``, their maps' mean and sd, and what was predicted for them, which some are of alone."""
     import xarray as xr
 
     from bayescam.explain.cam import CamPosterior
@@ -76,6 +80,8 @@ def _maps(state: RunState, rows: np.ndarray, chosen: Any, method: str) -> Any:
     images = state.pixels.batch(rows)
     maps = explanation_maps(state.backbone, images.to(state.device)).cpu()
     posterior = CamPosterior(maps.double(), load_posterior(state.folder.path, method))
+    relative = posterior.relative()
+    above_mean = relative.exceedance(0.0)
     predicted = torch.from_numpy(chosen["probs"].values.argmax(1))
     geometry = [asdict(state.pixels.geometry[i]) for i in rows]
     return xr.Dataset(
@@ -83,6 +89,8 @@ def _maps(state: RunState, rows: np.ndarray, chosen: Any, method: str) -> Any:
             "mean": (("obs_id", "label", "row", "col"), posterior.mean.numpy()),
             "sd": (("obs_id", "label", "row", "col"), posterior.sd.numpy()),
             "joint": (("obs_id", "row", "col"), joint_exceedance(posterior, predicted).numpy()),
+            "stands_out": (("obs_id", "row", "col"), above_mean[torch.arange(len(rows)), predicted].numpy()),
+            "stands_out_jointly": (("obs_id", "row", "col"), joint_exceedance(relative, predicted).numpy()),
             "attribution": (("obs_id", "row", "col"), posterior.attribution(predicted).numpy()),
             "image": (("obs_id", "y_pixel", "x_pixel"), (images[:, 0] * 255).round().to(torch.uint8).numpy()),
             "y": (("obs_id",), chosen["y"].values),
@@ -104,6 +112,42 @@ def _maps(state: RunState, rows: np.ndarray, chosen: Any, method: str) -> Any:
             "method": "CAM" if state.backbone.is_average else "Grad-CAM before ReLU",
             "shareable": int(state.dataset.shareable),
         },
+    )
+
+
+def _features(state: RunState, method: str) -> Any:
+    """The features that matter most, and where each responds in the test image in which it is strongest.
+
+    ``feature_effect`` is |mean of the class-centred weight| times the feature's sd over the test images, of the class
+    ``feature_label`` where that is largest, in logits; no feature is there twice.
+    """
+    import xarray as xr
+
+    from bayescam.diagnose.selectors import largest_effect
+    from bayescam.explain.gradcam import explanation_maps
+
+    posterior, part = load_posterior(state.folder.path, method), state.part("test")
+    weight = posterior.weight_mean if isinstance(posterior, Laplace) else posterior.flat()[0].mean(0)
+    ranked, sizes = largest_effect(weight.numpy(), part.features.numpy(), weight.numel())
+    best: dict[int, tuple[int, float]] = {}
+    for (label, feature), size in zip(ranked, sizes.tolist(), strict=True):
+        best.setdefault(feature, (label, size))
+    shown = list(best)[:_SHOWN]
+    strongest = part.features[:, shown].argmax(0).numpy()
+    images = state.pixels.batch(state.rows("test")[strongest])
+    maps = explanation_maps(state.backbone, images.to(state.device)).cpu()
+    return xr.Dataset(
+        {
+            "feature_label": (("shown_feature",), np.array([best[d][0] for d in shown])),
+            "feature_effect": (("shown_feature",), np.array([best[d][1] for d in shown])),
+            "feature_response": (("shown_feature", "row", "col"), maps[range(len(shown)), shown].numpy()),
+            "feature_image": (
+                ("shown_feature", "y_pixel", "x_pixel"),
+                (images[:, 0] * 255).round().to(torch.uint8).numpy(),
+            ),
+            "feature_obs_id": (("shown_feature",), [printable(part.ids[row]) for row in strongest]),
+        },
+        coords={"shown_feature": shown},
     )
 
 
@@ -154,15 +198,12 @@ def _fitting_masks(state: RunState, row: int) -> dict[str, np.ndarray]:
 
 def pictures(state: RunState) -> None:
     """Figures, report and model card from the files of the run; ``timings.json``."""
-    from bayescam.report.figures import write_figures
-    from bayescam.report.html import write_report
-    from bayescam.report.model_card import write_model_card
+    from bayescam.report.pages import write_pages
 
     folder = state.folder
     if folder.done("report"):
         return
-    write_text(folder / "timings.json", json.dumps({"stages": folder.timings}, indent=1))
+    finished = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    write_text(folder / "timings.json", json.dumps({"finished": finished, "stages": folder.timings}, indent=1))
     with folder.stage("report", ["report.html", "MODEL_CARD.md"]):
-        write_figures(folder.path)
-        write_model_card(folder.path)
-        write_report(folder.path)
+        write_pages(folder.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -16,9 +17,17 @@ from bayescam.explain.cam import CamPosterior
 from bayescam.posterior.covariance import DiagCovariance
 from bayescam.posterior.laplace import Laplace
 from bayescam.report.cam_coverage import coverage_figure
-from bayescam.report.cam_figures import case_figure, draw_case, gallery_figure, scales_figure, strip_figure
-from bayescam.report.cam_panels import CasePanels, brief_caption, caption, case_panels, cell_panels, shared_limit
-from bayescam.report.cam_tiles import value_suppressing
+from bayescam.report.cam_figures import case_figure, draw_case, gallery_figure
+from bayescam.report.cam_panels import (
+    CasePanels,
+    brief_caption,
+    caption,
+    case_panels,
+    cell_panels,
+    robust_end,
+    shared_limit,
+)
+from bayescam.report.cam_tiles import TILES, colour_stops, tile_images, value_suppressing
 
 K, D = 3, 5
 CLASSES = ("elbow", "hand", "wrist")
@@ -31,19 +40,26 @@ def _posterior() -> Laplace:
     return Laplace(theta[:, :-1], theta[:, -1], covariance, 1.0, 0.0, 10, 0.0, 0.0)
 
 
+def _maps() -> torch.Tensor:
+    return torch.rand(1, D, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
 def _case(height: int = 60, width: int = 40, **changes) -> CasePanels:
-    maps = torch.rand(1, D, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return replace(_drawn(height, width), **changes)
+
+
+@cache
+def _drawn(height: int, width: int) -> CasePanels:
     image = np.linspace(0, 1, height * width).reshape(height, width)
-    case = case_panels(
+    return case_panels(
         image,
-        CamPosterior(maps, _posterior()),
+        CamPosterior(_maps(), _posterior()),
         label=1,
         classes=CLASSES,
         probabilities=[0.1, 0.7, 0.2],
         geometry=Geometry.fit(height, width, 64),
         title="one.png",
     )
-    return replace(case, **changes)
 
 
 def _all_axes(figure: Figure) -> list:
@@ -78,8 +94,10 @@ def test_the_mean_is_on_the_scale_that_was_asked_for():
     np.testing.assert_array_equal(mean.get_array(), case.mean)
     assert sd.get_clim() == (0, 3.0)
     assert above.get_clim() == (0, 1)
+    np.testing.assert_array_equal(above.get_array(), case.stands_out)
     labels = [axis.get_xlabel() for axis in _all_axes(figure)]
     assert labels.count("logits") == 2
+    assert any(label.startswith("P(evidence > the map's mean)\ndashed: 90 %, each") for label in labels)
 
 
 def test_the_panels_are_the_posterior_in_the_images_own_pixels():
@@ -88,6 +106,8 @@ def test_the_panels_are_the_posterior_in_the_images_own_pixels():
     assert case.joint.shape == (60, 40)
     assert case.cell_pixels == pytest.approx((60 / 64 * 16, 40 / 43 * 16))
     assert (case.joint <= case.above + 0.05).all()
+    assert (case.stands_out_jointly <= case.stands_out + 0.05).all()
+    assert case.average == pytest.approx(CamPosterior(_maps(), _posterior()).mean[0, 1].mean().item())
     large = _case(900, 300)
     assert max(large.mean.shape) == 320
     assert max(large.joint.shape) == 64
@@ -159,43 +179,106 @@ def test_names_are_inert_text():
     assert any("$\\undefined{" in text for text in shown)
 
 
-def test_the_caption_says_the_numbers_and_where():
+def _peaked(**changes) -> CasePanels:
+    """A map that is -1 but for +4.25 at the top right, of which nothing relative is known."""
     mean = np.full((30, 30), -1.0)
     mean[2, 25] = 4.25
-    case = _case(mean=mean, sd=np.full((30, 30), 0.5), above=(mean > 0).astype(float), joint=None)
+    known = {"mean": mean, "sd": np.full((30, 30), 0.5), "above": (mean > 0).astype(float), "average": -0.75}
+    return _case(**known, joint=None, doubt=None, stands_out=None, stands_out_jointly=None, **changes)
+
+
+def test_the_caption_says_the_numbers_and_where():
+    case = _peaked()
     words = caption(case, level=0.9)
-    assert "Predicted: hand 0.700, wrist 0.200." in words
-    assert "Evidence for hand is largest at the top right of the picture: +4.25 ± 0.50 logits" in words
-    assert "from -1.00 to +4.25" in words
-    assert "one cell is 1/16 of the square" in words
-    assert "0 is the average class" in words
-    assert "jointly" not in words
+    assert "Predicted hand, 0.70; next wrist, 0.20." in words
+    assert "Evidence for hand is largest at the top right of the picture: +4.2 ± 0.5 logits" in words
+    assert "from -1.0 to +4.2, the map's mean is -0.8" in words
+    assert "Above 0 with probability 90 % or more: < 1 % of the picture." in words
+    assert "one is 1/16 of the square" in words
+    assert "0 is the mean of all classes; the class's logit is the map's mean, and a bias" in words
+    assert "all at once" not in words
     assert "marker" not in words
     assert "marker speaks for hand more than the bones do with probability 0.03" in caption(replace(case, marker=0.031))
     assert "in the centre" in caption(replace(case, mean=np.pad([[1.0]], 4)[:9, :9], sd=np.ones((9, 9))))
 
 
+def test_captions_say_the_truth_and_no_probability_as_certain():
+    case = _peaked(truth=0, probabilities=(0.0004, 0.998, 0.0016), interval=(0.97, 0.9996))
+    for words in (caption(case), " ".join(brief_caption(case))):
+        assert words.startswith("Truth elbow; predicted hand, > 0.99 [0.97, 1.00]. ")
+        assert "next" not in words  # what is below 0.005 is noise
+    right = replace(case, truth=1, interval=(0.997, 0.9996))
+    assert caption(right).startswith("Truth and prediction hand, > 0.99 [> 0.99, 1.00]. ")
+
+
 def test_the_brief_caption_leaves_out_what_is_true_of_all():
-    mean = np.full((30, 30), -1.0)
-    mean[2, 25] = 4.25
-    case = _case(mean=mean, sd=np.full((30, 30), 0.5), above=(mean > 0).astype(float), joint=None, doubt=None)
-    assert brief_caption(replace(case, marker=0.031), level=0.9) == (
-        "Predicted hand 0.70, wrist 0.20. Most evidence for hand at the top right, +4.2 ± 0.5 logits; with 90 % "
-        "probability 0 % of the picture speaks for it. Marker before bones: 0.03."
+    assert brief_caption(_peaked(marker=0.031), level=0.9) == [
+        "Predicted hand, 0.70; next wrist, 0.20.",
+        "Most evidence at the top right, +4.2 ± 0.5 logits; the map's mean is -0.8.",
+        "Speaks for the class in < 1 % of the picture.",
+        "Marker before bones: 0.03.",
+    ]
+
+
+def test_where_the_whole_picture_speaks_for_the_class_the_captions_say_where_it_stands_out():
+    whole = np.ones((4, 4))
+    stands_out = np.where(np.arange(16).reshape(4, 4) < 4, 0.95, 0.2)
+    case = _peaked(marker=None)
+    case = replace(
+        case, above=whole, joint=whole, stands_out=stands_out, stands_out_jointly=np.eye(4), mean=whole * 3, doubt=None
     )
-    whole = _case()
-    assert "cell by cell, " in brief_caption(whole)
-    assert "Least sure " in brief_caption(whole)
-    assert "The map is flat" in brief_caption(replace(case, mean=np.zeros((30, 30))))
+    case = replace(case, mean=case.mean + np.arange(16).reshape(4, 4)[::-1])
+    assert "Stands out in 25 % of the picture (25 % all at once), speaks for the class in 100 %." in brief_caption(case)
+    words = caption(case)
+    assert (
+        "Above the map's mean with probability 90 % or more: 25 % of the picture, each place by itself, 25 %" in words
+    )
+    assert "For hand rather than the average class: 100 %." in words
 
 
-def test_a_strip_draws_on_the_scales_it_is_given():
-    figure = strip_figure(_case(classes=("$\\bad{", "a" * 90, "c")), limit=7.0, spread=3.0)
-    figure.canvas.draw()
-    limits = {image.get_cmap().name: image.get_clim() for axis in _all_axes(figure) for image in axis.images}
-    assert limits["RdBu_r"] == (-7.0, 7.0)
-    assert limits["cividis"] == (0.0, 3.0)
-    scales_figure(limit=7.0, spread=3.0).canvas.draw()
+def test_least_sure_is_said_only_where_it_is_uneven():
+    even, uneven = np.full((3, 3), 1 / 9), np.full((3, 3), 0.1)
+    even[1, 1], uneven[1, 1] = 0.13, 0.2
+    assert not any("Least sure" in line for line in brief_caption(_case(doubt=even)))
+    assert "unsure" not in caption(_case(doubt=even))
+    assert "Least sure in the centre." in brief_caption(_case(doubt=uneven))
+    assert "lies most in the centre: 20 % of the variance" in caption(_case(doubt=uneven))
+
+
+def test_an_image_of_one_grey_is_called_so():
+    case = _case(image=np.full((60, 40), 0.3))
+    assert "one even grey" in caption(case)
+    assert any("one even grey" in line for line in brief_caption(case))
+    draw_case(case).canvas.draw()
+
+
+def test_tiles_have_no_words_and_one_size(monkeypatch):
+    written = []
+    monkeypatch.setattr(Text, "draw", lambda text, renderer: written.append(text.get_text()))
+    tiles = tile_images(_case(classes=("$\\bad{", "a" * 90, "c")), limit=7.0, spread=3.0)
+    assert tuple(tiles) == TILES
+    assert {tile.shape for tile in tiles.values()} == {(288, 192, 4)}
+    assert not any(written)
+    flat = _case(mean=np.zeros((60, 40)))
+    tile_images(flat, limit=1.0, spread=1.0)
+    assert written.count("flat map") == 2
+
+
+def test_a_tiles_colours_are_those_of_its_scale():
+    mean = np.array([[-9.0, 2.0]])
+    case = cell_panels(np.zeros((4, 4)), mean, np.ones_like(mean), label=0, classes=CLASSES)
+    tile = tile_images(case, limit=4.0, spread=1.0)["evidence"]
+    stops = colour_stops("RdBu_r", 5)
+    for column, stop in ((0.25, stops[0]), (0.75, stops[3])):  # beyond the end of the scale the end's colour
+        pixel = tile[144, round(288 * column), :3]
+        assert np.abs(pixel.astype(int) - [int(stop[i : i + 2], 16) for i in (1, 3, 5)]).max() <= 2
+
+
+def test_a_robust_end_is_round_and_leaves_out_the_few_largest():
+    assert robust_end([np.linspace(-18, 18, 100), np.array([500.0])]) == 20
+    assert robust_end([np.zeros(3)]) == 1
+    assert robust_end([np.array([0.0] * 50 + [0.021])]) == 0.025
+    assert robust_end([np.array([-3.0])]) == 3
 
 
 def test_the_caption_says_what_makes_the_model_unsure():
@@ -224,9 +307,9 @@ def test_cells_are_shown_as_they_are_where_only_their_moments_are_known():
     assert case.joint is None
     assert not case.interpolated
     assert "interpolated" not in caption(case)
-    assert "jointly" not in caption(case)
+    assert "all at once" not in caption(case)
     jointly = cell_panels(np.zeros((20, 20)), mean, sd, label=0, classes=CLASSES, joint=np.array([[0.1, 0], [0, 0.99]]))
-    assert "25 % of the picture point by point (dashed), 25 % jointly (solid)" in caption(jointly)
+    assert "25 % of the picture, each place by itself, 25 % all at once" in caption(jointly)
     draw_case(jointly).canvas.draw()
     draw_case(case).canvas.draw()
 

@@ -160,8 +160,9 @@ def test_predict_says_a_hostile_name_on_one_harmless_line(hostile, driver, file)
     assert outcome.status == 0, outcome.err
     assert outcome.err == ""
     assert all(c.isprintable() or c == "\n" for c in outcome.out)
-    lines = outcome.out.splitlines()
-    assert len(lines) == 4 + len(CLASSES)
+    unchecked = json.loads((run / "comparison.json").read_text(encoding="utf-8"))["verdict"] == "undecided"
+    assert outcome.out.count("nothing checked this posterior") == unchecked
+    assert len(outcome.out.splitlines()) == 4 + unchecked + len(CLASSES)
     answer = json.loads(driver.run("predict", path, "--run", run, "--json").out)
     assert len(answer[0]["classes"]) == len(CLASSES)
 
