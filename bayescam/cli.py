@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return WRONG_USAGE
     try:
         _check_working_directory()
+        if os.environ.get("WORLD_SIZE", "1") != "1" and parsed.command != "run":
+            return _not_shared(parsed)
         return parsed.handler(parsed)
     except KeyboardInterrupt as interrupt:
         how_far = str(interrupt) or "interrupted"
@@ -64,6 +66,14 @@ def _say_and(status: int, parsed: argparse.Namespace, message: str) -> int:
         traceback.print_exc()
     print(f"bayescam: {_own_name()}{printable(' '.join(message.split()), 2000)}", file=sys.stderr)
     return status
+
+
+def _not_shared(parsed: argparse.Namespace) -> int:
+    """Rank 0 refuses what ranks would all do over again."""
+    if os.environ.get("RANK", "0") != "0":
+        return WRONG_USAGE
+    message = f"{parsed.command} is for one process, and torchrun started several; it shares out `run` alone"
+    return _say_and(WRONG_USAGE, parsed, message)
 
 
 def _own_name() -> str:

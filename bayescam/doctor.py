@@ -40,8 +40,8 @@ class Check:
     words: str
 
 
-def environment(device: str) -> dict[str, Any]:
-    """What ``environment.json`` holds: versions, device and threads; nothing that names the user."""
+def environment(device: str, ranks: int = 1) -> dict[str, Any]:
+    """What ``environment.json`` holds: versions, device, threads and ranks; nothing that names the user."""
     import torch
 
     facts: dict[str, Any] = {
@@ -52,6 +52,7 @@ def environment(device: str) -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        "ranks": ranks,
     }
     if device.startswith("cuda"):
         facts["gpu"] = torch.cuda.get_device_name(device)

@@ -19,6 +19,7 @@ from bayescam.storage import is_partial, printable, read_json, sha256_of, write_
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from bayescam.data.feature_table import FeatureTable
     from bayescam.diagnose.compare import Comparison
@@ -78,6 +79,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--num-samples", type=int, default=500, help="draws a chain (default: 500)")
     parser.add_argument("--num-warmup", type=int, default=150, help="warm-up draws a chain (default: 150)")
     parser.add_argument("--num-workers", type=int, default=0, help="processes for the chains (default: 0, in turn)")
+    parser.add_argument("--device", default="auto", help="auto (the default), cpu, cuda, ...")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run: finished chains are kept")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
     parser.set_defaults(handler=_posterior)
@@ -107,6 +109,7 @@ def _posterior(parsed: argparse.Namespace) -> int:
             parsed.out,
             settings,
             num_workers=parsed.num_workers,
+            device=parsed.device,
             resume=parsed.resume,
             overwrite=parsed.overwrite,
         )
@@ -120,6 +123,7 @@ def run_features(
     settings: FeaturesSettings | None = None,
     *,
     num_workers: int = 0,
+    device: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
 ) -> str:
@@ -135,9 +139,11 @@ def run_features(
         BayescamError: another process runs in it, or (on resume) a file of a complete run is not what it was.
     """
     from bayescam.data.feature_table import read_features
+    from bayescam.doctor import resolve_device
 
     settings = settings or FeaturesSettings()
     _check_ranges(settings, num_workers)
+    used = resolve_device(device)
     table = read_features(path, seed=settings.seed)
     decisive = {**asdict(settings), "features_sha256": sha256_of(path)}
     held = check_folder(out, decisive, resume=resume, overwrite=overwrite)
@@ -149,7 +155,7 @@ def run_features(
             clear(out, last=_SETTINGS)
         sweep(out)
         write_text(out / _SETTINGS, json.dumps(decisive, indent=1))
-        return _stages(_standardised(table) if settings.standardise else table, out, settings, num_workers)
+        return _stages(_standardised(table) if settings.standardise else table, out, settings, num_workers, used)
 
 
 def _check_ranges(settings: FeaturesSettings, num_workers: int) -> None:
@@ -169,21 +175,25 @@ def _check_ranges(settings: FeaturesSettings, num_workers: int) -> None:
         raise UsageError(f"--prior-precision {tau}: give a positive number or evidence")
 
 
-def _stages(table: FeatureTable, out: Path, settings: FeaturesSettings, num_workers: int) -> str:
+def _stages(table: FeatureTable, out: Path, settings: FeaturesSettings, num_workers: int, device: str) -> str:
+    import torch
+
     from bayescam.diagnose.compare import json_safe
 
     folder = RunFolder(out)
     seconds: dict[str, float] = {}
-    gaussians = _fit(table, settings, seconds)
-    chains = {"nuts": _sample(table, gaussians, settings, None, out, num_workers, seconds)}
+    train = torch.as_tensor(table.features).to(device), torch.as_tensor(table.labels).to(device)
+    test = torch.as_tensor(table.test_features).to(device), torch.as_tensor(table.test_labels).to(device)
+    gaussians = _fit(train, len(table.classes), settings, seconds)
+    chains = {"nuts": _sample(train, gaussians, settings, None, out, num_workers, seconds)}
     if settings.sample_tau:
-        chains["nuts_hierarchical"] = _sample(table, gaussians, settings, "gamma", out, num_workers, seconds)
+        chains["nuts_hierarchical"] = _sample(train, gaussians, settings, "gamma", out, num_workers, seconds)
     with _timed("metrics", seconds):
-        metrics = _metrics(table, gaussians, chains)
+        metrics = _metrics(table, test[0], gaussians, chains)
     with _timed("compare", seconds):
-        comparison = _compare(table, gaussians, chains["nuts"])
+        comparison = _compare(table, train, test, gaussians, chains["nuts"])
     with _timed("arviz", seconds):
-        _save_posteriors(out, table, gaussians, chains, settings)
+        _save_posteriors(out, table, train, test, gaussians, chains, settings)
     write_text(out / "metrics.json", json.dumps(json_safe(metrics), indent=1, allow_nan=False))
     write_text(out / "comparison.json", json.dumps(comparison.to_dict(), indent=1, allow_nan=False))
     write_text(out / "diagnostics.json", json.dumps(_diagnostics(chains, comparison), indent=1))
@@ -247,27 +257,28 @@ def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[name] = round(time.perf_counter() - begun, 3)
 
 
-def _fit(table: FeatureTable, settings: FeaturesSettings, seconds: dict[str, float]) -> dict[str, Laplace]:
+def _fit(
+    train: tuple[Tensor, Tensor], num_classes: int, settings: FeaturesSettings, seconds: dict[str, float]
+) -> dict[str, Laplace]:
     """The Gaussians, all at the tau of the full one."""
     from bayescam.posterior.laplace import fit_laplace
 
-    k = len(table.classes)
     with _timed("laplace_full", seconds):
-        full = fit_laplace(table.features, table.labels, num_classes=k, prior_precision=settings.prior_precision)
+        full = fit_laplace(*train, num_classes=num_classes, prior_precision=settings.prior_precision)
     gaussians = {}
     for structure in ("diag", "kron"):
         with _timed(f"laplace_{structure}", seconds):
             gaussians[f"laplace_{structure}"] = fit_laplace(
-                table.features, table.labels, num_classes=k, prior_precision=full.prior_precision, structure=structure
+                *train, num_classes=num_classes, prior_precision=full.prior_precision, structure=structure
             )
     gaussians["laplace_full"] = full
     with _timed("laplace_refined", seconds):
-        gaussians["laplace_refined"] = full.refine(table.features, table.labels)
+        gaussians["laplace_refined"] = full.refine(*train)
     return gaussians
 
 
 def _sample(
-    table: FeatureTable,
+    train: tuple[Tensor, Tensor],
     gaussians: dict[str, Laplace],
     settings: FeaturesSettings,
     tau_prior: Any,
@@ -281,8 +292,7 @@ def _sample(
     with _timed(name, seconds):
         return sample_nuts(
             gaussians["laplace_refined"],
-            table.features,
-            table.labels,
+            *train,
             num_chains=settings.num_chains,
             num_samples=settings.num_samples,
             num_warmup=settings.num_warmup,
@@ -294,7 +304,9 @@ def _sample(
         )
 
 
-def _metrics(table: FeatureTable, gaussians: dict[str, Laplace], chains: dict[str, Nuts]) -> dict[str, Any]:
+def _metrics(
+    table: FeatureTable, test_features: Tensor, gaussians: dict[str, Laplace], chains: dict[str, Nuts]
+) -> dict[str, Any]:
     import torch
 
     from bayescam.diagnose.calibration import classification_metrics
@@ -302,11 +314,11 @@ def _metrics(table: FeatureTable, gaussians: dict[str, Laplace], chains: dict[st
     from bayescam.posterior.predictive import predict_proba
 
     full = gaussians["laplace_full"]
-    phi = torch.as_tensor(table.test_features).to(full.weight_mean)
+    phi = test_features.to(full.weight_mean)
     proba = {"map": torch.softmax(phi @ full.weight_mean.T + full.bias_mean, 1)}
     proba |= {name: gaussian.predict_proba(phi) for name, gaussian in gaussians.items()}
     proba |= {name: predict_proba(run.draws, phi) for name, run in chains.items()}
-    found = {name: probs.double().numpy() for name, probs in proba.items()}
+    found = {name: probs.cpu().double().numpy() for name, probs in proba.items()}
     intervals = {
         name: metrics_with_intervals(probs, table.test_labels, _drawn_together(table), level=_LEVEL)
         for name, probs in found.items()
@@ -332,16 +344,21 @@ def _drawn_together(table: FeatureTable) -> np.ndarray:
     return table.test_rows if table.test_patients is None else table.test_patients
 
 
-def _compare(table: FeatureTable, gaussians: dict[str, Laplace], nuts: Nuts) -> Comparison:
+def _compare(
+    table: FeatureTable,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    gaussians: dict[str, Laplace],
+    nuts: Nuts,
+) -> Comparison:
     from bayescam.diagnose.compare import compare_posteriors
 
     return compare_posteriors(
         gaussians["laplace_full"],
         nuts,
-        table.test_features,
-        table.test_labels,
+        *test,
         refined=gaussians["laplace_refined"],
-        training=(table.features, table.labels),
+        training=train,
         patients=_drawn_together(table),
     )
 
@@ -349,15 +366,15 @@ def _compare(table: FeatureTable, gaussians: dict[str, Laplace], nuts: Nuts) -> 
 def _save_posteriors(
     out: Path,
     table: FeatureTable,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
     gaussians: dict[str, Laplace],
     chains: dict[str, Nuts],
     settings: FeaturesSettings,
 ) -> None:
-    import torch
-
     from bayescam.diagnose.inference_data import save, to_inference_data
 
-    folder = out / "posterior"
+    folder, tau = out / "posterior", gaussians["laplace_full"].prior_precision
     files: dict[str, Laplace | Nuts] = {
         "laplace": gaussians["laplace_full"],
         "refined": gaussians["laplace_refined"],
@@ -367,8 +384,10 @@ def _save_posteriors(
         posterior.save(folder / f"{name}.safetensors")
         data = to_inference_data(
             posterior,
-            torch.as_tensor(table.test_features),
-            torch.as_tensor(table.test_labels),
+            *test,
+            train=train,
+            prior_precision=None if name == "nuts_hierarchical" else tau,
+            tau_prior="gamma" if name == "nuts_hierarchical" else None,
             classes=list(table.classes),
             obs_ids=[f"row-{i}" for i in table.test_rows],
             num_samples=settings.num_laplace_samples,

@@ -74,6 +74,12 @@ def test_command_line_leaves_the_verdict_and_every_file(features, tmp_path, caps
     for name in ("laplace", "refined", "nuts"):
         with xr.open_dataset(out / f"posterior/{name}.nc", group="posterior", engine="h5netcdf") as stored:
             assert {"label", "feature"} <= set(stored["weight"].dims)
+    for name in ("laplace", "refined"):
+        with xr.open_dataset(out / f"posterior/{name}.nc", group="sample_stats", engine="h5netcdf") as stored:
+            assert {"lp", "lp_approx"} <= set(stored)
+    for name, parts in {"nuts": {"theta"}, "nuts_hierarchical": {"theta", "tau"}}.items():
+        with xr.open_dataset(out / f"posterior/{name}.nc", group="log_prior", engine="h5netcdf") as stored:
+            assert parts <= set(stored), set(stored)
     assert not (out / ".scratch").exists()
     sealed = json.loads((out / "run.json").read_text())["files"]
     assert {"metrics.json", "posterior/nuts.nc", "settings.json"} <= set(sealed)
@@ -94,7 +100,7 @@ def test_a_table_of_one_patient_has_no_intervals():
 def sealing(monkeypatch):
     """Runs that fit nothing: they write two files and seal the folder."""
 
-    def stages(table, out, settings, num_workers):
+    def stages(table, out, settings, num_workers, device):
         write_text(out / "metrics.json", "{}")
         write_text(out / "posterior/laplace.nc", "draws")
         RunFolder(out).complete({"seed": settings.seed})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bayescam.cli import main
 from bayescam.doctor import resolve_device
 from bayescam.errors import UsageError
 
@@ -53,3 +54,12 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused():
     assert resolve_device("auto") == "cpu"
     with pytest.raises(UsageError, match=r"--device cuda: not usable here .*; say --device cpu"):
         resolve_device("cuda")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_commands_that_ranks_cannot_share_are_refused_by_rank_0(monkeypatch, capsys, rank):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    assert main(["doctor"]) == 2
+    said = "bayescam: rank 0: doctor is for one process, and torchrun started several; it shares out `run` alone\n"
+    assert capsys.readouterr() == ("", said if rank == "0" else "")

@@ -48,6 +48,11 @@ class Features:
         maps = None if self.maps is None else self.maps[rows]
         return Features(self.features[rows], self.labels[rows], tuple(self.ids[i] for i in rows.tolist()), maps)
 
+    def to(self, device: torch.device | str) -> Features:
+        """The same on another device."""
+        maps = None if self.maps is None else self.maps.to(device)
+        return Features(self.features.to(device), self.labels.to(device), self.ids, maps)
+
     def __repr__(self) -> str:
         n, d = self.features.shape
         cells = "" if self.maps is None else f", maps {tuple(self.maps.shape[2:])}"

@@ -103,7 +103,7 @@ def train_backbone(
             f"shared among them, and batch normalisation needs two images a rank: let it be at least {2 * size(group)}"
         )
     if checkpoint is not None and checkpoint.is_file():
-        history = _restore(backbone, optimizer, checkpoint, settings, seed)
+        history = _restore(backbone, optimizer, checkpoint, settings, seed, size(group))
     net: nn.Module = backbone if group is None else DistributedDataParallel(backbone, process_group=group)
     bar = tqdm(
         range(len(history), settings.epochs),
@@ -121,7 +121,7 @@ def train_backbone(
         history.append(Epoch(epoch, train_loss, train_accuracy, valid_loss, valid_accuracy))
         bar.set_postfix_str(f"train loss {train_loss:.3f}, valid accuracy {valid_accuracy:.3f}")
         if checkpoint is not None and rank(group) == 0:
-            _store(backbone, optimizer, checkpoint, settings, seed, history)
+            _store(backbone, optimizer, checkpoint, settings, seed, size(group), history)
     backbone.eval()
     return history
 
@@ -237,6 +237,7 @@ def _store(
     path: Path,
     settings: TrainingSettings,
     seed: int,
+    ranks: int,
     history: list[Epoch],
 ) -> None:
     tensors = {f"net.{name}": tensor for name, tensor in backbone.net.state_dict().items()}
@@ -246,18 +247,29 @@ def _store(
         "kind": "training",
         "settings": vars(settings),
         "seed": seed,
+        "ranks": ranks,
         "history": [vars(row) for row in history],
     }
     save_tensors(path, tensors, metadata)
 
 
 def _restore(
-    backbone: Backbone, optimizer: torch.optim.Optimizer, path: Path, settings: TrainingSettings, seed: int
+    backbone: Backbone,
+    optimizer: torch.optim.Optimizer,
+    path: Path,
+    settings: TrainingSettings,
+    seed: int,
+    ranks: int,
 ) -> list[Epoch]:
     tensors, metadata = load_tensors(path, kind="training")
     for field, now in (("seed", seed), ("settings", vars(settings))):
         if metadata.get(field) != now:
             raise FileFormatError(f"{path}: training was begun with another {field}; delete the file to begin anew")
+    if metadata.get("ranks") != ranks:
+        raise FileFormatError(
+            f"{path}: training was begun on {metadata.get('ranks')} ranks and goes on with {ranks}, whose batch "
+            "normalisation and augmentation differ; start as many, or delete the file to begin anew"
+        )
     expected = _shapes(backbone)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:

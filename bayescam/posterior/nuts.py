@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,6 +62,15 @@ class Nuts:
     def num_gradients(self) -> int:
         """Leapfrog steps in all, warm-up included."""
         return int(self.stats["n_steps"].sum() + self.warmup_steps.sum())
+
+    def to(self, device: torch.device | str) -> Nuts:
+        """The same run with its draws on another device."""
+        return replace(
+            self,
+            draws=Draws(self.draws.weight.to(device), self.draws.bias.to(device)),
+            tau=None if self.tau is None else self.tau.to(device),
+            class_weights=None if self.class_weights is None else self.class_weights.to(device),
+        )
 
     def save(self, path: Path | str) -> None:
         """Write draws, statistics and settings as one safetensors file."""

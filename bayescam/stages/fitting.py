@@ -103,7 +103,7 @@ def nuts(state: RunState) -> None:
     train = state.own_training()
     with state.stage("nuts", ["posterior/nuts.safetensors"]):
         nuts = sample_nuts(
-            state.gaussians["laplace_refined"].to(state.device),
+            state.gaussians["laplace_refined"],
             train.features.to(state.device),
             train.labels.to(state.device),
             num_chains=settings.num_chains,

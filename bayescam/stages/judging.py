@@ -23,12 +23,10 @@ _COMPARED_MAPS = 32
 
 def _probabilities(state: RunState, part: Features) -> tuple[dict[str, Tensor], float]:
     """Class probabilities (N, K) of every method, and the temperature, fitted on the valid split alone."""
-    head = state.backbone.head.cpu()
-    full, valid = state.gaussians["laplace_full"], state.part("valid")
-    phi = part.features
+    full, valid = state.gaussians["laplace_full"], state.part("valid").to(state.device)
+    phi = part.features.to(state.device)
     with torch.no_grad():
-        trained = torch.softmax(head(phi).double(), dim=1)
-    state.backbone.to(state.device)
+        trained = torch.softmax(state.backbone.head(phi).double(), dim=1)
     temperature = fit_temperature(full.map_logits(valid.features), valid.labels)
     logits = full.map_logits(phi)
     probabilities = {
@@ -38,7 +36,7 @@ def _probabilities(state: RunState, part: Features) -> tuple[dict[str, Tensor], 
     }
     probabilities |= {name: gaussian.predict_proba(phi) for name, gaussian in state.gaussians.items()}
     probabilities["nuts"] = predict_proba(state.nuts.draws, phi)
-    return {name: probabilities[name].double() for name in METHODS}, temperature
+    return {name: probabilities[name].cpu().double() for name in METHODS}, temperature
 
 
 def predict(state: RunState) -> None:
@@ -119,6 +117,7 @@ def _predictions(state: RunState, part: Features, probabilities: dict[str, Tenso
     from bayescam.diagnose.calibration import entropy, mutual_information
 
     stacked = torch.stack([probabilities[name] for name in METHODS])
+    phi = part.features.to(state.device)
     information = torch.zeros(stacked.shape[:2], dtype=torch.float64)
     samples, seed = state.config.posterior.num_samples, state.config.seed
     for row, name in enumerate(METHODS):
@@ -128,7 +127,7 @@ def _predictions(state: RunState, part: Features, probabilities: dict[str, Tenso
             draws = state.nuts.draws
         else:
             continue
-        information[row] = torch.as_tensor(mutual_information(draws, part.features))
+        information[row] = torch.as_tensor(mutual_information(draws, phi))
     return xr.Dataset(
         {
             "probs": (("method", "obs_id", "label"), stacked.numpy()),
@@ -151,11 +150,11 @@ def compare(state: RunState) -> None:
     from bayescam.diagnose.compare import compare_posteriors
     from bayescam.explain.gradcam import explanation_maps
 
-    folder, part = state.folder, state.part("test")
+    folder = state.folder
     if folder.done("compare"):
         return
     with folder.stage("compare", ["comparison.json"]):
-        train = state.part("train")
+        part, train = state.part("test").to(state.device), state.part("train").to(state.device)
         images = state.pixels.batch(state.rows("test")[:_COMPARED_MAPS]).to(state.device)
         comparison = compare_posteriors(
             state.gaussians["laplace_full"],
@@ -163,7 +162,7 @@ def compare(state: RunState) -> None:
             part.features,
             part.labels,
             refined=state.gaussians["laplace_refined"],
-            maps=explanation_maps(state.backbone, images).cpu(),
+            maps=explanation_maps(state.backbone, images),
             training=(train.features, train.labels),
             patients=state.test_patients,
         )
@@ -174,9 +173,10 @@ def arviz(state: RunState) -> None:
     """The posteriors as ArviZ files; ``posterior/laplace.nc``, ``posterior/refined.nc``, ``posterior/nuts.nc``."""
     from bayescam.diagnose.inference_data import save, to_inference_data
 
-    folder, part, train = state.folder, state.part("test"), state.part("train")
+    folder = state.folder
     if folder.done("arviz"):
         return
+    part, train = state.part("test").to(state.device), state.part("train").to(state.device)
     files = ["posterior/laplace.nc", "posterior/refined.nc", "posterior/nuts.nc"]
     sources = (state.gaussians["laplace_full"], state.gaussians["laplace_refined"], state.nuts)
     with folder.stage("arviz", files):

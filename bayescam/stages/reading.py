@@ -16,7 +16,7 @@ from bayescam.data.dataset import RadiographDataset
 from bayescam.data.split import assert_disjoint, equal_across_parts, equal_of_several_labels, split_by_patient
 from bayescam.doctor import environment, resolve_device
 from bayescam.errors import BayescamError, UsageError
-from bayescam.parallel import from_first, rank
+from bayescam.parallel import from_first, rank, size
 from bayescam.runfolder import RunFolder, of_images, sealed
 from bayescam.stages.state import RunState, warn
 from bayescam.storage import printable, read_json, write_csv, write_text
@@ -134,7 +134,7 @@ def _read_and_split(state: RunState) -> None:
             **_fingerprint(dataset),
         }
         write_text(folder / "data.json", json.dumps(facts, indent=1))
-        write_text(folder / "environment.json", json.dumps(environment(state.device), indent=1))
+        write_text(folder / "environment.json", json.dumps(environment(state.device, size(state.group)), indent=1))
 
 
 def _drop_unreadable(state: RunState, paths: set[Any]) -> None:

@@ -165,11 +165,11 @@ class RunState:
 
     @cached_property
     def gaussians(self) -> dict[str, Laplace]:
-        return {name: load_laplace(self.folder / file) for name, file in GAUSSIANS.items()}
+        return {name: load_laplace(self.folder / file).to(self.device) for name, file in GAUSSIANS.items()}
 
     @cached_property
     def nuts(self) -> Nuts:
-        return Nuts.load(self.folder / POSTERIORS["nuts"])
+        return Nuts.load(self.folder / POSTERIORS["nuts"]).to(self.device)
 
 
 def _open(config: Config) -> RadiographDataset:

@@ -111,6 +111,14 @@ def test_a_loss_that_is_not_finite_is_named(problem):
         _train(problem, learning_rate=1e30)
 
 
+def test_a_checkpoint_of_other_ranks_is_refused(tmp_path, monkeypatch, problem):
+    checkpoint = tmp_path / "training.safetensors"
+    _train(problem, checkpoint, epochs=1)
+    monkeypatch.setattr("bayescam.backbone.training.size", lambda group: 2)
+    with pytest.raises(FileFormatError, match="begun on 1 ranks and goes on with 2"):
+        _train(problem, checkpoint, epochs=1)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_batch_too_small_for_the_ranks_is_refused(monkeypatch, problem, ranks):
     pixels, labels = problem

@@ -343,6 +343,21 @@ def test_a_run_on_the_device_end_to_end(tmp_path, capsys):
     torch.testing.assert_close(bc.load_laplace(run / "posterior/laplace.safetensors").weight_sd, own.weight_sd)
 
 
+@pytest.mark.slow
+def test_features_on_the_device_end_to_end(tmp_path):
+    """``posterior --device cuda`` says what the CPU says of the same features."""
+    phi, labels = data()
+    np.savez(tmp_path / "features.npz", features=phi.numpy(), labels=labels.numpy())
+    command = ["posterior", "--features", str(tmp_path / "features.npz"), "--num-chains", "2"]
+    command += ["--num-samples", "30", "--num-warmup", "30", "--sample-tau"]
+    with stand_in_device():
+        assert bayescam([*command, "--device", "cuda", "--out", str(tmp_path / "there")]) == 0
+    assert bayescam([*command, "--device", "cpu", "--out", str(tmp_path / "here")]) == 0
+    there, here = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("there", "here"))
+    for name in ("map", "laplace_diag", "laplace_kron", "laplace_full", "laplace_refined"):
+        assert there["methods"][name] == pytest.approx(here["methods"][name], rel=1e-6), name
+
+
 _SETTINGS = """
 [data]
 image_size = 32
