@@ -9,17 +9,23 @@ A = (Q (x) I) L^-T.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from bayescam.parallel import memory
 from bayescam.posterior.covariance import DiagCovariance, KronCovariance, contrast_basis
 from bayescam.posterior.images import TrainingImages
 from bayescam.posterior.model import negative_log_likelihood, one_hot
 
 if TYPE_CHECKING:
     from bayescam.posterior.covariance import Covariance
+
+
+_SHARE = 0.5
+_Chunk = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Potential(Protocol):
@@ -59,20 +65,26 @@ def differentiable(potential: Potential, z: Tensor) -> Tensor:
 
 
 class SoftmaxLikelihood:
-    """``model.negative_log_likelihood`` of one theta over all images, their chunks made ready once for many calls.
+    """``model.negative_log_likelihood`` of one theta over all images.
 
-    With a group rank 0 asks and the others ``serve``: theta goes out, the sums come back, and every decision of a walk
-    is taken on one rank.
+    Their chunks are made ready once for many calls where they take less than half of the memory, and read anew at each
+    call where they do not. With a group rank 0 asks and the others ``serve``: theta goes out, the sums come back, and
+    every decision of a walk is taken on one rank.
 
     Args:
-        images: the training images; their chunks are held in memory.
+        images: the training images.
     """
 
     def __init__(self, images: TrainingImages) -> None:
         self.images = images
-        self._chunks = [self._prepare(span, phi) for span, phi in images.chunks()]
+        numbers = len(images.labels) * (images.num_features + images.num_classes)
+        fits = numbers * torch.finfo(images.dtype).bits // 8 < _SHARE * memory(images.device)
+        self._held = list(self._read()) if fits else None
 
-    def _prepare(self, span: slice, phi: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _read(self) -> Iterable[_Chunk]:
+        return (self._prepare(span, phi) for span, phi in self.images.chunks())
+
+    def _prepare(self, span: slice, phi: Tensor) -> _Chunk:
         weights = self.images.image_weights
         truth = one_hot(self.images.labels[span], self.images.num_classes, phi.dtype)
         return phi, truth, None if weights is None else weights[span].to(phi)
@@ -87,8 +99,9 @@ class SoftmaxLikelihood:
         return both[0].item(), both[1:].view_as(theta).to(theta.dtype)
 
     def _own(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        value, gradient = negative_log_likelihood(theta[None], *self._chunks[0])
-        for chunk in self._chunks[1:]:
+        chunks = iter(self._held or self._read())
+        value, gradient = negative_log_likelihood(theta[None], *next(chunks))
+        for chunk in chunks:
             more, slope = negative_log_likelihood(theta[None], *chunk)
             value, gradient = value + more, gradient.add_(slope)
         return value, gradient[0]

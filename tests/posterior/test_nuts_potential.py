@@ -8,7 +8,7 @@ from torch.distributions import Gamma
 
 from bayescam.posterior.covariance import contrast_basis
 from bayescam.posterior.hierarchical import HierarchicalPotential
-from bayescam.posterior.images import check_images
+from bayescam.posterior.images import TrainingImages, check_images
 from bayescam.posterior.laplace import fit_laplace
 from bayescam.posterior.model import log_prior, negative_log_joint
 from bayescam.posterior.nuts_potential import SoftmaxLikelihood, WhitenedPotential, whitening_basis
@@ -30,7 +30,7 @@ def potentials(structure="full", class_weights=None, dtype=torch.float64, chunke
     mean = laplace.theta_mean - laplace.theta_mean.mean(0)
     likelihood = SoftmaxLikelihood(images)
     if chunked:
-        likelihood._chunks = [likelihood._prepare(s, phi) for s, phi in images.chunks(rows=17)]
+        likelihood._held = [likelihood._prepare(s, phi) for s, phi in images.chunks(rows=17)]
     basis = whitening_basis(laplace.covariance)
     flat = WhitenedPotential(likelihood, mean=mean, basis=basis, prior_precision=0.7)
     deep = HierarchicalPotential(likelihood, mean=mean, basis=basis, prior_precision=0.7, tau_prior=(1.5, 0.4))
@@ -133,3 +133,29 @@ def test_non_finite_potential_is_infinite_energy():
     _, _, flat, _ = potentials()
     value, _ = flat.value_and_gradient(torch.full((flat.dimension,), 1e300, dtype=torch.float64))
     assert not math.isfinite(value)
+
+
+def test_images_that_do_not_fit_the_memory_are_read_at_each_call(monkeypatch):
+    features, labels = data()
+    images = check_images(features, labels, num_classes=4)
+    theta = torch.randn(4, 4, dtype=torch.float64)
+    value, gradient = SoftmaxLikelihood(images).value_and_gradient(theta)
+    monkeypatch.setattr("bayescam.posterior.nuts_potential.memory", lambda device: 8.0)
+    monkeypatch.setattr("bayescam.posterior.images.TrainingImages.chunks", _in_small_chunks(reads := []))
+    likelihood = SoftmaxLikelihood(images)
+    assert not reads
+    for _ in range(2):
+        again, slope = likelihood.value_and_gradient(theta)
+        assert again == pytest.approx(value, rel=1e-12)
+        torch.testing.assert_close(slope, gradient)
+    assert len(reads) == 2
+
+
+def _in_small_chunks(reads):
+    whole = TrainingImages.chunks
+
+    def chunks(self, rows=None):
+        reads.append(rows)
+        return whole(self, 17)
+
+    return chunks
