@@ -422,6 +422,7 @@ def _diagnostics(chains: dict[str, Nuts], comparison: Comparison) -> dict[str, A
 
 def _markdown(metrics: dict[str, Any]) -> str:
     from bayescam.diagnose.intervals import Interval, interval_words
+    from bayescam.report.wording import NAMES
 
     lines = [
         f"{metrics['num_train']} rows to train, {metrics['num_test']} to test, {metrics['num_features']} features, "
@@ -434,5 +435,6 @@ def _markdown(metrics: dict[str, Any]) -> str:
     ]
     for name, found in metrics["intervals"].items():
         row = {metric: Interval(**one) for metric, one in found.items()}
-        lines.append(f"| {name} | {row['accuracy']:.3f} | {row['nll']:.4f} | {row['ece']:.4f} | {row['brier']:.4f} |")
+        cells = [f"{row['accuracy']:.3f}", *(f"{row[key]:.4f}" for key in ("nll", "ece", "brier"))]
+        lines.append(f"| {' | '.join([NAMES.get(name, name), *cells])} |")
     return "\n".join(lines) + "\n"

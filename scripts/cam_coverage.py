@@ -41,7 +41,7 @@ from bayescam.posterior.covariance import centring
 from bayescam.posterior.draws import Draws
 from bayescam.posterior.laplace import Laplace
 from bayescam.report.cam_coverage import coverage_figure
-from bayescam.report.style import NAMES
+from bayescam.report.wording import NAMES
 from bayescam.storage import atomic_path, write_csv
 
 LEVELS = (0.5, 0.8, 0.95)

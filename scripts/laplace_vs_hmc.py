@@ -25,7 +25,8 @@ from bayescam.diagnose.compare import MAX_RHAT, MIN_ESS
 from bayescam.diagnose.convergence import probability_convergence
 from bayescam.diagnose.intervals import Interval, count_groups, interval, metrics_with_intervals, resampled_mean
 from bayescam.diagnose.weight_agreement import halves
-from bayescam.report.style import COLOURS, NAMES, new_figure, plain
+from bayescam.report.style import COLOURS, new_figure, plain
+from bayescam.report.wording import NAMES
 from bayescam.storage import atomic_path, write_text
 
 METHODS = ("map", "laplace_diag", "laplace_kron", "laplace_full", "laplace_refined", "nuts")

@@ -23,7 +23,7 @@ from bayescam.pipeline import run
 from bayescam.posterior.laplace import load_laplace
 from bayescam.posterior.nuts import sample_nuts
 from bayescam.posterior.predictive import predict_proba
-from bayescam.report.style import NAMES
+from bayescam.report.wording import NAMES
 from bayescam.stages.state import GAUSSIANS
 from bayescam.storage import write_text
 

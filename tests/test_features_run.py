@@ -93,7 +93,7 @@ def test_a_table_of_one_patient_has_no_intervals():
     }
     said = features_run._markdown(metrics)
     assert "No number has an interval, for want of a second patient." in said
-    assert "| nuts | 0.660 [-] | 0.6600 [-] |" in said
+    assert "| NUTS | 0.660 [-] | 0.6600 [-] |" in said
 
 
 @pytest.fixture

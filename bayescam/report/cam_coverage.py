@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from bayescam.report.style import COLOURS, INK, NAMES, QUIET, new_figure, plain
-from bayescam.report.wording import percent
+from bayescam.report.style import COLOURS, INK, QUIET, new_figure, plain
+from bayescam.report.wording import NAMES, percent
 
 
 def coverage_figure(shares: Mapping[str, Mapping[str, np.ndarray]], levels: Sequence[float]) -> Figure:

@@ -22,9 +22,9 @@ from bayescam.diagnose.uncertainty import risk_band
 from bayescam.report.cam_tiles import tile_images
 from bayescam.report.gallery import gallery, tile_name
 from bayescam.report.run_files import RunFiles
-from bayescam.report.style import CHAINS, COLOURS, FAINT, HALF, INK, NAMES, QUIET, named_ticks, new_figure, plain, say
+from bayescam.report.style import CHAINS, COLOURS, FAINT, HALF, INK, QUIET, named_ticks, new_figure, plain, say
 from bayescam.report.weights import effects, feature_images, top_features
-from bayescam.report.wording import percent, short, two_digits
+from bayescam.report.wording import NAMES, percent, short, two_digits
 from bayescam.storage import atomic_path
 
 _NUM_WEIGHTS = 6
@@ -120,7 +120,7 @@ def confusion_figure(probs: np.ndarray, labels: np.ndarray, classes: Sequence[st
 
 def training_figure(history: Mapping[str, np.ndarray]) -> Figure:
     """Loss and accuracy of the network by epoch."""
-    figure = new_figure(HALF, 2.4)
+    figure = new_figure(HALF, 2.6)
     left, right = figure.subplots(1, 2)
     plain(left, title="Cross-entropy, nat", x="epoch")
     plain(right, title="Accuracy", x="epoch")
@@ -129,7 +129,7 @@ def training_figure(history: Mapping[str, np.ndarray]) -> Figure:
         axes.plot(epochs, history[f"train_{what}"], color=QUIET, label="train (augmented)")
         axes.plot(epochs, history[f"valid_{what}"], color=INK, label="valid")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    right.legend(fontsize=8, frameon=False, loc="best")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize=8, frameon=False)
     return figure
 
 
@@ -262,6 +262,8 @@ def seeds_figure(seeds: Mapping[str, Any]) -> Figure:
         axes.set_xlim(-0.6, 0.6)
         axes.set_xticks([])
         axes.yaxis.set_major_locator(MaxNLocator(4))
+        if key == "accuracy":
+            axes.set_ylim(top=min(axes.get_ylim()[1], 1.004))  # a dot at 1 is whole, and no tick is beyond it
     names = {"map_sd_posterior": "posterior", "map_sd_between": "trainings"}
     axes = plain(panels[2], title="Sd of a cell, logits")
     for place, key in enumerate(names):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Sequence
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -29,9 +30,8 @@ from bayescam.report.judgement import (
     trainings,
 )
 from bayescam.report.run_files import SPLITS, RunFiles
-from bayescam.report.style import NAMES
 from bayescam.report.weights import effects, told_from_zero, top_features
-from bayescam.report.wording import compact, digits_of, fixed, percent, tight
+from bayescam.report.wording import NAMES, compact, digits_of, fixed, percent, tight
 from bayescam.storage import write_text
 
 AGAINST_NUTS = {"map": NAMES["map"], "laplace": NAMES["laplace_full"], "refined": NAMES["laplace_refined"]}
@@ -212,7 +212,7 @@ def check_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
                     "name": check.name,
                     "term": term_of_check(check.name),
                     "number": compact(check.value),
-                    "rule": check.words,
+                    "rule": _short_numbers(check.words),
                     "word": check.word,
                 }
                 for check in diagnosis.checks
@@ -221,6 +221,12 @@ def check_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
         }
         for subject in dict.fromkeys(check.subject for check in diagnosis.checks)
     ]
+
+
+def _short_numbers(rule: str) -> str:
+    """1.77e+04 in a rule as 17,700; a rule that ends with the name of an image stays as it is."""
+    found = r"(?<=[ ])\d(?:[.]\d+)?e[+-]\d+\b"
+    return rule if "image " in rule else re.sub(found, lambda number: compact(float(number[0])), rule)
 
 
 def pictured(files: RunFiles, shown: Sequence[Group]) -> dict[str, Any]:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from bayescam.diagnose.diagnosis import Diagnosis
 from bayescam.report.run_files import RunFiles
-from bayescam.report.style import NAMES
-from bayescam.report.wording import fixed, listed, percent, two_digits
+from bayescam.report.wording import NAMES, fixed, listed, percent, two_digits
 
 HEADLINES = {
     "laplace": "Use the Laplace posterior: it predicts like NUTS, the reference.",
@@ -104,9 +103,13 @@ def soundness(diagnosis: Diagnosis) -> Soundness:
         passes = "passes all of its checks" if len(good) == 1 else "pass all of their checks"
         parts.append(f"{listed(good)} {passes}.")
     parts += [f"With a doubt: {SUBJECTS[name]} fails {'; '.join(open_[name])}." for name in wanted if open_.get(name)]
-    if open_.get("nuts"):
+    if diagnosis.verdict == "undecided":
+        parts.append("By the comparison, over all test images, NUTS has not converged.")
+    if open_.get("nuts") or diagnosis.verdict == "undecided":
         parts.append("More draws would settle that, or smaller steps where transitions diverge.")
     doubts = [f"{SUBJECTS[name]} fails {len(open_[name])} of its checks" for name in wanted if open_.get(name)]
+    if diagnosis.verdict == "undecided":
+        doubts.insert(0, "NUTS has not converged")
     brief = f"Yes: {parts[0]}" if diagnosis.sound else f"Not for sure: {listed(doubts or ['nothing is recommended'])}."
     others = [f"{SUBJECTS.get(n, n)} ({'; '.join(names)})" for n, names in open_.items() if names and n not in wanted]
     rest = f"Not recommended, and not passing: {listed(others)}." if others and diagnosis.recommended else ""

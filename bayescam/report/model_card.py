@@ -47,7 +47,8 @@ def _banners(page: dict[str, Any]) -> list[str]:
             "numbers below are too good."
         )
     if page["disputed"]:
-        parts.append(f"**Labels.** Equal images stand under several labels, {len(page['disputed'])} times.")
+        count = f", {len(page['disputed'])} times" if len(page["disputed"]) > 1 else ""
+        parts.append(f"**Labels.** Equal images stand under several labels{count}.")
     if page["num_unnamed"]:
         parts.append(
             f"**Perhaps too good.** {page['num_unnamed']} of {page['data']['num_images']} images name no patient: the "
@@ -62,7 +63,7 @@ def _summary(page: dict[str, Any]) -> list[str]:
     return [
         f"**In short.** Right in {accuracy} of {page['metrics']['num_test']} test images; of the 80 % it is surest of, "
         f"{wrong} are wrong (in brackets 90 % intervals over {page['num_resampled']} {page['resampled']}). "
-        f"{page['headline']} {page['soundness'].words}",
+        f"{page['headline']} Is the run sound? {page['soundness'].brief}",
         "**Use.** Research on how sure a radiograph classifier is, and of where it looks. Not a medical device, not "
         "for clinical use.",
     ]
@@ -90,9 +91,10 @@ def _data(page: dict[str, Any]) -> list[str]:
 
 
 def _model(page: dict[str, Any]) -> list[str]:
-    settings = page["settings"]
+    network = page["settings"]["backbone"]
+    begun = f", begun from the weights {plain(network['weights'])}" if network.get("weights") else ""
     return [
-        f"**Model.** A convolutional network ({plain(settings['backbone']['name'])}), trained and frozen; its last "
+        f"**Model.** A convolutional network ({plain(network['name'])}{begun}), trained and frozen; its last "
         f"linear layer has a Gaussian prior of precision {page['metrics']['prior_precision']:.3g} and the posteriors "
         "below."
     ]
@@ -124,9 +126,9 @@ def _limits(page: dict[str, Any]) -> list[str]:
     untold = "" if page["trainings"] else " How far another training would move these numbers was not measured."
     return [
         "**Limits.** Only the last layer is uncertain: the network below it is one set of weights. It has seen the "
-        "training images, so sureness on them is too high. Trained on the images named above and no others; other "
-        "machines, projections and patients may differ. Class activation maps show what the network used, not what is "
-        f"the cause, in cells of 1/{page['cams']['h'] * page['cams']['w']} of the picture.{untold}"
+        "training images, so sureness on them is too high. Other machines, projections and patients may "
+        "differ. Class activation maps show what the network used, not what is the cause, in cells of "
+        f"1/{page['cams']['h'] * page['cams']['w']} of the picture.{untold}"
     ]
 
 

@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bayescam.diagnose.intervals import Interval
-from bayescam.report.style import COLOURS, NAMES, QUIET, named_ticks, new_figure, plain, say
+from bayescam.report.style import COLOURS, QUIET, named_ticks, new_figure, plain, say
+from bayescam.report.wording import NAMES
 
 # Rows that are no posterior of the last layer; drawn dashed.
 PEERS = {"mc_dropout": "MC dropout", "deep_ensemble": "deep ensemble"}

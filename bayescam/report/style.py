@@ -26,16 +26,6 @@ COLOURS = {
     "nuts": "#D55E00",
 }
 CHAINS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")  # no two of a hue
-NAMES = {
-    "cnn": "CNN",
-    "map": "MAP",
-    "map_temperature": "MAP, temperature",
-    "laplace_diag": "Laplace, diagonal",
-    "laplace_kron": "Laplace, Kronecker",
-    "laplace_full": "Laplace, full",
-    "laplace_refined": "refined",
-    "nuts": "NUTS",
-}
 
 
 def new_figure(width: float, height: float) -> Figure:

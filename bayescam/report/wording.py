@@ -6,6 +6,16 @@ import math
 import re
 
 DASH = "–"
+NAMES = {  # of the methods; files for programs have the keys
+    "cnn": "CNN",
+    "map": "MAP",
+    "map_temperature": "MAP, temperature",
+    "laplace_diag": "Laplace, diagonal",
+    "laplace_kron": "Laplace, Kronecker",
+    "laplace_full": "Laplace, full",
+    "laplace_refined": "refined",
+    "nuts": "NUTS",
+}
 _DIGITS = {"accuracy": 3, "accuracy_macro": 3, "error_surest_80": 3, "agreement": 3}
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 

@@ -15,6 +15,7 @@ from bayescam.backbone.network import Features
 from bayescam.diagnose.intervals import Interval, count_groups, interval_words, metrics_with_intervals
 from bayescam.posterior.predictive import predict_proba
 from bayescam.posterior.temperature import bound_hit, fit_temperature
+from bayescam.report.wording import NAMES
 from bayescam.stages.state import INTERVAL_LEVEL, METHODS, RunState
 from bayescam.storage import printable, write_text
 
@@ -107,7 +108,8 @@ def _table(methods: dict[str, dict[str, Interval]], num_test: int, words: str, t
         "|---|---|---|---|---|",
     ]
     for name, row in methods.items():
-        lines.append(f"| {name} | {row['accuracy']:.3f} | {row['nll']:.4f} | {row['ece']:.4f} | {row['brier']:.4f} |")
+        cells = [f"{row['accuracy']:.3f}", *(f"{row[key]:.4f}" for key in ("nll", "ece", "brier"))]
+        lines.append(f"| {' | '.join([NAMES[name], *cells])} |")
     return "\n".join(lines) + "\n"
 
 

@@ -37,8 +37,7 @@ from bayescam.report.html import write_report
 from bayescam.report.model_card import write_model_card
 from bayescam.report.pages import write_pages
 from bayescam.report.run_files import RunFiles
-from bayescam.report.style import NAMES
-from bayescam.report.wording import digits_of
+from bayescam.report.wording import NAMES, digits_of
 from bayescam.storage import load_netcdf
 
 HOSTILE = ['"><script>alert(1)</script>', r"$\badcmd$ {{7*7}}", "<i>sloping</i>"]
@@ -248,7 +247,7 @@ class TestReport:
         words = _page(tmp_path / "r")
         assert "1 unreadable image left out; 2 other files ignored" in words
         assert "left out: a<i>.png: the file is empty" in words
-        assert "Equal images stand under several labels, 1 times (0-1.png = 1-1.png)" in words
+        assert "Equal images stand under several labels (0-1.png = 1-1.png)" in words
         card = write_model_card(RunFiles(tmp_path / "r")).read_text(encoding="utf-8")
         assert (
             r"2 ignored (not an image by its suffix); 1 unreadable and left out (a\<i\>.png: the file is empty)" in card
@@ -329,8 +328,9 @@ class TestReport:
         metrics = json.loads((run_folder / "metrics.json").read_text())
         rows = [line for line in (run_folder / "table.md").read_text().splitlines() if line.startswith("| ")][1:]
         assert len(rows) == len(metrics["methods"])
-        for row, found in zip(rows, metrics["intervals"].values(), strict=True):
+        for row, (name, found) in zip(rows, metrics["intervals"].items(), strict=True):
             nll = found["nll"]
+            assert row.startswith(f"| {NAMES[name]} | ")
             assert f"{nll['value']:z.4f} [{nll['low']:z.4f}, {nll['high']:z.4f}]" in row
             assert row.count("[") == 4
 

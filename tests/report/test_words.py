@@ -10,6 +10,7 @@ import pytest
 from bayescam.diagnose.diagnosis import Diagnosis
 from bayescam.diagnose.run_checks import Check
 from bayescam.report.glossary import GLOSSARY, term_of_check
+from bayescam.report.html import check_rows
 from bayescam.report.judgement import consequence, far_from_map, soundness, trainings
 from bayescam.report.model_card import plain
 from bayescam.report.wording import chance, compact, fixed, listed, percent, tight, two_digits
@@ -102,8 +103,11 @@ def test_a_doubt_about_nuts_is_said_with_what_would_settle_it():
         "would settle that, or smaller steps where transitions diverge."
     )
     assert found.brief == "Not for sure: NUTS fails 1 of its checks."
-    assert soundness(_diagnosis(verdict="undecided")).brief == "Not for sure: nothing is recommended."
-    assert soundness(_diagnosis(verdict="undecided")).words == "NUTS passes all of its checks."
+    undecided = soundness(_diagnosis(verdict="undecided"))
+    assert undecided.brief == "Not for sure: NUTS has not converged."
+    assert undecided.words.startswith(
+        "NUTS passes all of its checks. By the comparison, over all test images, NUTS has not converged. More draws"
+    )
 
 
 def test_what_other_trainings_change_is_said_to_two_digits():
@@ -115,6 +119,18 @@ def test_what_other_trainings_change_is_said_to_two_digits():
     assert "correlate with this run's by 0.18 [0.17, 0.20]." in second
     assert "0.18 [0.17, 0.20] times its posterior sd" in third
     assert trainings(SimpleNamespace(seeds=None)) == []
+
+
+def test_a_rule_has_few_digits_and_an_images_name_all_of_its_own():
+    rules = (" nat; 1.77e+04 nat in all, give or take 2.6e+02", "; image 1e-05 b", ", the rounding of 8 numbers")
+    checks = [Check.of("nuts", "E-BFMI", 3.14e-7, "above", 8.66e-14, rule) for rule in rules]
+    (group,) = check_rows(Diagnosis("r", tuple(checks), "refine"))
+    assert [row["rule"] for row in group["checks"]] == [
+        "above 8.7 × 10⁻¹⁴ nat; 17,700 nat in all, give or take 260",
+        "above 8.66e-14; image 1e-05 b",
+        "above 8.7 × 10⁻¹⁴, the rounding of 8 numbers",
+    ]
+    assert group["checks"][0]["number"] == "3.1 × 10⁻⁷"
 
 
 def test_every_check_has_a_term_and_every_term_words():
