@@ -154,8 +154,10 @@ def predict_images(run: LoadedRun, paths: Sequence[str]) -> list[Prediction]:
 
 def prediction_table(predictions: Sequence[Prediction]) -> str:
     """The predictions for a terminal."""
+    from bayescam.report.wording import NAMES
+
     width = max(len(name) for name in predictions[0].classes)
-    lines = [f"posterior: {predictions[0].method}; probability [90 % credible interval]"]
+    lines = [f"posterior: {NAMES[predictions[0].method]}; probability [90 % credible interval]"]
     if predictions[0].verdict == "undecided":
         lines.append("nothing checked this posterior, as NUTS did not converge: run again with --preset thorough")
     for prediction in predictions:
@@ -202,12 +204,14 @@ def explain_images(
     limit = float(posterior.mean[rows, shown].abs().max())
     spread = float(posterior.sd[rows, shown].max())
     for row, (prediction, file, k) in enumerate(zip(predictions, files, shown, strict=True)):
+        likeliest = int(np.argmax(prediction.probabilities))
         figure = case_figure(
             images[row],
             posterior.select([row]),
             label=k,
             classes=prediction.classes,
             probabilities=prediction.probabilities,
+            interval=(prediction.lower[likeliest], prediction.upper[likeliest]),
             geometry=geometries[row],
             limit=limit,
             spread=spread,

@@ -271,7 +271,7 @@ def _diagnose(parsed: argparse.Namespace) -> int:
 
 
 def _add_report(commands: Any) -> None:
-    parser = commands.add_parser("report", help="write report.html and MODEL_CARD.md of a run again")
+    parser = commands.add_parser("report", help="draw figures/ and write report.html and MODEL_CARD.md of a run again")
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     parser.set_defaults(handler=_report)
 

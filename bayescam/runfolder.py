@@ -28,7 +28,7 @@ WRITTEN = frozenset(
     """.split()
 ) | {_LOCK, _STAGES, _SCRATCH}  # all that a run puts into its folder, and all that --overwrite may remove
 
-_REMADE = ("report.html", "MODEL_CARD.md")  # what bayescam report writes anew
+_REMADE = ("report.html", "MODEL_CARD.md", "figures/")  # what bayescam report writes anew
 
 
 class AlreadyComplete(Exception):
@@ -299,7 +299,7 @@ def verified(path: Path, *names: str) -> Path:
     files = read_json(path / "run.json").get("files")
     for name in names:
         record = files.get(name) if isinstance(files, dict) else None
-        way = "bayescam report writes it again" if name in _REMADE else "restore it or run again"
+        way = "bayescam report writes it again" if name.startswith(_REMADE) else "restore it or run again"
         if not isinstance(record, dict) or not is_file(path / name):
             raise BayescamError(f"{printable(str(path / name))}: missing; {way}")
         if sha256_of(path / name) != record.get("sha256"):
@@ -313,7 +313,7 @@ def sealed(path: Path) -> Path:
     Raises:
         BayescamError: as ``verified``.
     """
-    return verified(path, *(name for name in recorded(path) if name not in _REMADE))
+    return verified(path, *(name for name in recorded(path) if not name.startswith(_REMADE)))
 
 
 def of_images(path: Path) -> Path:

@@ -16,6 +16,8 @@ from bayescam.errors import FileFormatError
 from bayescam.posterior.laplace import fit_laplace
 from bayescam.posterior.nuts import sample_nuts
 from bayescam.posterior.predictive import predict_proba
+from bayescam.report import cam_figures
+from bayescam.report.wording import NAMES
 from bayescam.stages.state import POSTERIORS, chosen_posterior, load_posterior
 
 CLASSES = ("elbow", "hand", "wrist")
@@ -49,7 +51,7 @@ def test_the_posterior_that_the_verdict_names_predicts_and_explains(pieces, imag
     assert all(low <= p <= high for low, p, high in zip(found.lower, found.probabilities, found.upper, strict=True))
     assert found.to_dict()["verdict"] == verdict
     table = prediction_table([found])
-    assert f"posterior: {SPEAKERS[verdict]};" in table
+    assert f"posterior: {NAMES[SPEAKERS[verdict]]};" in table
     assert ("nothing checked this posterior" in table) is (verdict == "undecided")
     (said,) = explain_images(run, [image], tmp_path / "out")
     assert (tmp_path / "out/cam-001.png").stat().st_size > 10_000
@@ -60,6 +62,22 @@ def test_the_posterior_that_the_verdict_names_predicts_and_explains(pieces, imag
         with backbone.evaluating():
             phi = backbone.pool(backbone.maps(_squares(run, [image])[2])).double()
         np.testing.assert_allclose(found.probabilities, predict_proba(draws, phi)[0], rtol=1e-6)
+
+
+def test_the_picture_has_the_interval_of_the_probability(pieces, image, tmp_path, monkeypatch):
+    backbone, laplace, _ = pieces
+    given, draw = {}, cam_figures.case_figure
+
+    def noted(*args, **named):
+        given.update(named)
+        return draw(*args, **named)
+
+    monkeypatch.setattr(cam_figures, "case_figure", noted)
+    run = LoadedRun(backbone, laplace, CLASSES, "laplace_full", "laplace", "cpu")
+    (found,) = predict_images(run, [image])
+    list(explain_images(run, [image], tmp_path / "out", label="wrist"))
+    top = int(np.argmax(found.probabilities))
+    assert given["interval"] == (found.lower[top], found.upper[top])
 
 
 def test_the_verdict_names_the_posterior_and_its_file(pieces, tmp_path):

@@ -213,6 +213,7 @@ def test_resume_on_a_missing_folder_starts_and_on_a_complete_one_says_so(tmp_pat
         (lambda run: write_text(run / "a.txt", "other"), r"a\.txt: changed since .* run again"),
         (lambda run: (run / "a.txt").unlink(), r"a\.txt: missing"),
         (lambda run: write_text(run / "report.html", "other"), r"report\.html: changed since .*bayescam report"),
+        (lambda run: (run / "figures/a.png").unlink(), r"figures/a\.png: missing; bayescam report"),
         (lambda run: write_text(run / "run.json", '{"status": "complete", "files": {}}'), r"run\.json: lists no files"),
         (lambda run: write_text(run / "run.json", '{"files": {"config.toml": {}}}'), r"config\.toml: changed"),
     ],
@@ -221,6 +222,8 @@ def test_resume_says_complete_only_of_a_run_that_is_as_it_was_written(tmp_path, 
     with _open(tmp_path / "r") as (folder, _):
         _stage(folder, "a")
         write_text(folder / "report.html", "<p>")
+        (folder / "figures").mkdir()
+        write_text(folder / "figures/a.png", "a")
         folder.complete({})
     with pytest.raises(AlreadyComplete), _open(tmp_path / "r", resume=True):
         pass

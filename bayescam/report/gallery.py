@@ -49,9 +49,12 @@ class Group:
     def remark(self) -> str:
         """What must be said of the group, or nothing."""
         tops = [max(case.probabilities) for case in self.cases if case.probabilities is not None]
-        if self.name != "most_uncertain" or not tops or min(tops) < _SURE:
+        sure = sum(top >= _SURE for top in tops)
+        if self.name != "most_uncertain" or 2 * sure <= len(tops):
             return ""
-        return f"Even these are sure: none gives its most probable class less than {chance(min(tops))}."
+        if sure == len(tops):
+            return f"Even these are sure: none gives its most probable class less than {chance(min(tops))}."
+        return f"Most of these are sure: {sure} of {len(tops)} give their most probable class at least {_SURE:.2f}."
 
 
 def gallery(files: RunFiles) -> list[Group]:

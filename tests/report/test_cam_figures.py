@@ -28,6 +28,7 @@ from bayescam.report.cam_panels import (
     shared_limit,
 )
 from bayescam.report.cam_tiles import TILES, colour_stops, tile_images, value_suppressing
+from bayescam.report.gallery import Group
 
 K, D = 3, 5
 CLASSES = ("elbow", "hand", "wrist")
@@ -250,6 +251,16 @@ def test_an_image_of_one_grey_is_called_so():
     assert "one even grey" in caption(case)
     assert any("one even grey" in line for line in brief_caption(case))
     draw_case(case).canvas.draw()
+
+
+def test_a_group_of_unsure_cases_that_are_sure_is_called_so():
+    def remark(*tops: float, name: str = "most_uncertain") -> str:
+        cases = tuple(_case(probabilities=(1 - top, top, 0.0)) for top in tops)
+        return Group(name, 1, cases, 0, 1.0, 1.0).remark
+
+    assert remark(0.97, 0.99) == "Even these are sure: none gives its most probable class less than 0.97."
+    assert remark(0.6, 0.97, 0.99) == "Most of these are sure: 2 of 3 give their most probable class at least 0.90."
+    assert remark(0.6, 0.97) == remark(0.97, name="surest_right") == ""
 
 
 def test_tiles_have_no_words_and_one_size(monkeypatch):
