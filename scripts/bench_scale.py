@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ import torch
 from _printed import kept
 from PIL import Image
 from scaling import wide
-from scaling.model import STAGES, Hardware, Model, Workload, fit, messages, plan, terms
+from scaling.model import NUTS, STAGES, Hardware, Model, Workload, fit, plan, reduced, terms, told
 from scaling.point import Found, Size, simulate
 
 import bayescam as bc
@@ -41,6 +42,8 @@ SWEEPS = {
     "R": [replace(BASE, images=40_000, ranks=r) for r in (1, 2)] + [replace(BASE, width=512, ranks=2)],
 }
 LEFT_OUT = Size(60_000, 384, 10, ranks=2)
+WHOLE = Size(20_000, 512, 7, whole=True)
+WIDE = Size(20_000, 2048, 7, structure="diag")
 MILLION = (10_000, 100_000, 1_000_000)
 
 
@@ -67,7 +70,9 @@ def features(sizes: list[Size], folder: Path) -> None:
 
 def show(name: str, size: Size, found: Found) -> None:
     stages = " | ".join(f"{found.seconds[stage]:.2f}" for stage in STAGES)
-    moved = f"{sum(found.reduced) / 2**20:.2f} in {len(found.reduced)}" if size.ranks > 1 else "0"
+    moved = " | ".join(
+        f"{sum(sent) / 2**20:.2f} in {len(sent)}" if sent else "0" for sent in (found.reduced, found.told)
+    )
     print(
         f"| {name} | {size.images:,} | {size.width} | {size.classes} | {size.ranks} | "
         f"{sum(found.seconds.values()):.2f} | {stages} | {found.passes} | {moved} | "
@@ -77,7 +82,19 @@ def show(name: str, size: Size, found: Found) -> None:
 
 
 def header() -> None:
-    columns = ["varied", "N", "D", "K", "R", "s", *STAGES, "passes", "MiB all-reduced, in messages", "MiB of memory"]
+    columns = [
+        "varied",
+        "N",
+        "D",
+        "K",
+        "R",
+        "s",
+        *STAGES,
+        "passes",
+        "MiB all-reduced",
+        "MiB broadcast",
+        "MiB of memory",
+    ]
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
 
 
@@ -111,9 +128,10 @@ def report_fit(points: list[tuple[Size, Found]], left_out: Found) -> Model:
             print(f"| {stage} | {name} | {1e9 * value:.3g} |")
     print(f"| all-reduce | message | {1e9 * model.latency:.3g} |\n| all-reduce | byte | {1e9 * model.per_byte:.3g} |")
     print(f"\npasses over the features of one MAP, the median: {model.passes}")
+    print(f"messages that go with a pass, the median: {model.messages:.1f}")
     for size, found in [points[-1], (LEFT_OUT, left_out)]:
-        ratio = messages(size, found.passes) / sum(found.reduced)
-        print(f"bytes all-reduced at {words(size)}: formula / counted {ratio:.3f}")
+        ratios = [formula(size, found.passes) / sum(sent) for formula, sent in _sent(found)]
+        print(f"bytes at {words(size)}: formula / counted {ratios[0]:.3f} all-reduced, {ratios[1]:.3f} broadcast")
     predicted, measured = model.predict(LEFT_OUT), sum(left_out.seconds.values())
     print(
         f"left out: {words(LEFT_OUT)}: predicted {predicted:.2f} s, measured {measured:.2f} s, "
@@ -124,6 +142,10 @@ def report_fit(points: list[tuple[Size, Found]], left_out: Found) -> Model:
         own = sum(model.seconds[stage][name] * amount for name, amount in amounts.items())
         print(f"  {stage}: predicted {own:.2f} s, measured {left_out.seconds[stage]:.2f} s")
     return model
+
+
+def _sent(found: Found) -> list[tuple[Callable[[Size, int], int], list[int]]]:
+    return [(reduced, found.reduced), (told, found.told)]
 
 
 def words(size: Size) -> str:
@@ -145,15 +167,38 @@ def decoded(folder: Path) -> tuple[float, int]:
     return count / (time.perf_counter() - begun), path.stat().st_size
 
 
-def show_plan(work: Workload) -> None:
-    """10^9 images on 64 GPUs, by NVIDIA's figures for the H100 and what was measured here."""
-    print(f"\n{work}\n{Hardware()}")
+def show_plan(model: Model, work: Workload) -> None:
+    """10^9 images on 64 GPUs, by NVIDIA's figures for the H100 and what was measured here; and on cores like these."""
+    gpu = Hardware()
+    print(f"\n{work}\n{gpu}")
     for width in (512, 2048):
         size = Size(10**9, width, 7, ranks=64)
         print(f"\n| {words(size)} | limit | s | GPU hours | GB sent by a GPU |\n|---|---|---|---|---|")
-        for step in plan(size, work):
+        steps = plan(size, work)
+        for step in steps:
             hours = step.seconds * size.ranks / 3600
             print(f"| {step.name} | {step.limit} | {step.seconds:,.1f} | {hours:,.2f} | {step.sent / 1e9:,.3f} |")
+        rest = sum(step.seconds for step in steps if not step.name.startswith(NUTS)) * size.ranks / 3600
+        print(f"all but {NUTS}: {rest:,.1f} GPU hours, ${rest * gpu.price:,.0f} at ${gpu.price:g} an hour")
+        print(f"files {1e-12 * size.images * work.image_bytes:,.0f} TB, features {4e-12 * size.images * width:,.1f} TB")
+    cores = Size(10**9, 512, 7, ranks=64)
+    print(
+        f"\nthe fitted model itself at {words(cores)}, on 64 such cores: {model.predict(cores) / 3600:.1f} h "
+        "for one fit at a fixed prior precision"
+    )
+
+
+def workload(model: Model, points: list[tuple[Size, Found]], folder: Path) -> Workload:
+    """What the plan needs to know of a run, measured."""
+    whole, wide_map = run(WHOLE, folder), run(WIDE, folder)
+    print(
+        f"\n{words(WHOLE)}: evidence {whole.seconds['evidence']:.1f} s, {whole.passes} passes, {whole.curvatures} "
+        f"Hessians; refinement {whole.seconds['refine']:.1f} s, {whole.refined} Hessians\n"
+        f"{words(WIDE)}: a MAP {wide_map.seconds['MAP']:.1f} s, {wide_map.passes} passes"
+    )
+    narrow = next(found for size, found in points if replace(size, device="cpu") == replace(BASE, width=WHOLE.width))
+    passes = {WHOLE.width: whole.passes, WIDE.width: round(whole.passes * wide_map.passes / narrow.passes)}
+    return Workload(*decoded(folder), passes, model.messages, whole.curvatures, whole.refined)
 
 
 def million(folder: Path, images: list[int]) -> None:
@@ -207,14 +252,15 @@ def measure(parsed: argparse.Namespace) -> None:
             return wide.steps(parsed.wide)
         if parsed.million is not None:
             return million(folder, parsed.million or list(MILLION))
-        features([*(size for sizes in SWEEPS.values() for size in sizes), LEFT_OUT], folder)
+        sizes = [size for sizes in SWEEPS.values() for size in sizes]
+        features([*sizes, LEFT_OUT, *([WHOLE, WIDE] if parsed.fit else [])], folder)
         if parsed.device == "cuda" and not torch.cuda.is_available():
             sys.exit("--device cuda: there is no GPU on this machine")
         points = sweep(folder, parsed.device)
         devices(folder)
         if parsed.fit:
             model = report_fit(points, run(LEFT_OUT, folder))
-            show_plan(Workload(*decoded(folder), model.passes))
+            show_plan(model, workload(model, points, folder))
 
 
 if __name__ == "__main__":

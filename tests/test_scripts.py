@@ -323,6 +323,33 @@ def test_features_of_other_images_than_the_split_names_are_refused(tmp_path, mon
         features.of_run(tmp_path)
 
 
+def test_the_cost_model_finds_planted_costs_and_plans_by_them(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS[0].parent))
+    from scaling import model
+    from scaling.point import Found, Size
+
+    costs = {stage: 1e-9 * (2 + i) for i, stage in enumerate(model.STAGES)}
+    points = []
+    for n, d, k, r in [(1000, 8, 3, 1), (2000, 8, 3, 1), (1000, 32, 3, 1), (1000, 8, 7, 1), (4000, 16, 5, 2)]:
+        size, passes = Size(n, d, k, ranks=r), 20
+        took = {stage: cost * sum(model.terms(stage, size, passes).values()) for stage, cost in costs.items()}
+        found = Found(took, passes=passes, reduced=[8] * 20, told=[8] * 60, wire=[(80, 1.8e-4), (800, 9e-4)])
+        points.append((size, found if r == 2 else Found(took, passes=passes)))
+    fitted = model.fit(points)
+    assert (fitted.latency, fitted.per_byte, fitted.messages) == pytest.approx((1e-4, 1e-6, 4))
+    size = Size(3000, 24, 4, ranks=2)
+    compute = sum(cost * sum(model.terms(stage, size, 20).values()) for stage, cost in costs.items())
+    sent = 1e-6 * (model.reduced(size, 20) + model.told(size, 20)) + 20 * 4 * 1e-4
+    assert fitted.predict(size) == pytest.approx(compute + sent)
+    work = model.Workload(800, 70_000, {512: 700}, 4.0, 15, 5)
+    steps = {step.name: step for step in model.plan(Size(10**9, 512, 7, ranks=64), work)}
+    images = 10**9 / 64
+    assert steps["decode files"].seconds == pytest.approx(images / (14 * 800))
+    reads = 2 * 4 * images * 512 / (0.7 * 3.35e12)
+    messages = 4 * 20e-6 * 6 + (2 * 63 / 64 + 1) * 8 * 7 * 513 / (0.7 * 50e9)
+    assert steps["MAPs for the evidence, 700 passes"].seconds == pytest.approx(700 * (reads + messages))
+
+
 @pytest.mark.slow
 def test_what_starts_processes_runs_small(tmp_path):
     printed = _run("bench_data.py", "--num", 12, "--size", 32, "--repeats", 1, "--out", tmp_path)

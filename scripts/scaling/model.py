@@ -28,23 +28,31 @@ def terms(stage: str, size: Size, passes: int) -> dict[str, float]:
     }[stage]
 
 
+NUTS = "NUTS"
 STAGES = ("check", "gram", "MAP", "curvature")
 
 
-def messages(size: Size, passes: int) -> int:
-    """Bytes that one rank all-reduces: two matrices of E^2, one a pair, and K E + 1 numbers a pass, all float64."""
+def reduced(size: Size, passes: int) -> int:
+    """Bytes that are all-reduced: the Gram matrix, one of its size a pair, K E + 1 numbers a pass, all float64."""
     e, k = size.width + 1, size.classes
     return 8 * (e * e + k * (k - 1) // 2 * e * e + passes * (k * e + 1))
 
 
+def told(size: Size, passes: int) -> int:
+    """Bytes that rank 0 broadcasts: where each pass is to be taken, K E numbers."""
+    return 8 * passes * size.classes * (size.width + 1)
+
+
 @dataclass(frozen=True)
 class Model:
-    """Seconds a unit of each term, by stage; seconds and seconds a byte of an all-reduce; the median of the passes."""
+    """Seconds a unit of each term, by stage; seconds a message and a byte; medians of the passes and of the messages
+    that go with one."""
 
     seconds: dict[str, dict[str, float]]
     latency: float
     per_byte: float
     passes: int
+    messages: float
 
     def predict(self, size: Size) -> float:
         """Seconds of a fit at a fixed prior precision."""
@@ -53,7 +61,8 @@ class Model:
             for stage in STAGES
             for name, amount in terms(stage, size, self.passes).items()
         )
-        return compute + (size.ranks > 1) * (self.latency * self.passes + self.per_byte * messages(size, self.passes))
+        sent = reduced(size, self.passes) + told(size, self.passes)
+        return compute + (size.ranks > 1) * (self.latency * self.messages * self.passes + self.per_byte * sent)
 
 
 def fit(points: list[tuple[Size, Found]]) -> Model:
@@ -72,7 +81,8 @@ def fit(points: list[tuple[Size, Found]]) -> Model:
         scale = matrix.max(0)
         latency, per_byte = nnls(matrix / scale, np.ones(len(wire)))[0] / scale
     passes = round(statistics.median(found.passes for _, found in points))
-    return Model(seconds, float(latency), float(per_byte), passes)
+    counts = [(len(found.reduced) + len(found.told)) / found.passes for _, found in points if found.told]
+    return Model(seconds, float(latency), float(per_byte), passes, statistics.median(counts) if counts else 0.0)
 
 
 @dataclass(frozen=True)
@@ -84,8 +94,9 @@ class Hardware:
         memory, memory_size: bytes a second and bytes of the GPU's own memory.
         host_link, network: bytes a second, each way.
         cores: of the host, a GPU.
-        latency: seconds of an all-reduce among 2 ranks; log2(R) times that among R. Assumed.
+        latency: seconds of an all-reduce or broadcast among 2 ranks; log2(R) times that among R. Assumed.
         reached, streamed: shares of the arithmetic and of the bandwidths. Assumed.
+        price: dollars an hour, with its share of the machine. Assumed.
     """
 
     float32: float = 67e12
@@ -98,6 +109,7 @@ class Hardware:
     latency: float = 20e-6
     reached: float = 0.4
     streamed: float = 0.7
+    price: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -110,18 +122,22 @@ class Workload:
         forward: operations of the backbone; training takes three times as many. ResNet-18 at 224 x 224.
         parameters: of the backbone.
         batch: images a GPU and step of training.
-        passes: over the features of one MAP, measured.
-        taus: prior precisions that the evidence tries.
+        passes: over the features while the evidence chooses the prior precision, by the features' width, measured.
+        messages: that go with a pass, measured.
+        curvatures: Hessians that the evidence builds, measured.
+        refined: those of refinement, measured.
         leapfrogs: of NUTS, all ranks walking each chain together: 4 chains of 650 draws, 15 steps each.
     """
 
     decoded: float
     image_bytes: int
-    passes: int
+    passes: dict[int, int]
+    messages: float
+    curvatures: int
+    refined: int
     forward: float = 3.6e9
     parameters: float = 11.7e6
     batch: int = 256
-    taus: int = 12
     leapfrogs: int = 4 * 650 * 15
 
 
@@ -136,33 +152,38 @@ class Step:
 
 
 def plan(size: Size, work: Workload, gpu: Hardware = Hardware()) -> list[Step]:
-    """The stages of a run over ``size.images`` on ``size.ranks`` GPUs, each at the slowest of its limits."""
+    """The stages of a run over ``size.images`` on ``size.ranks`` GPUs, each at the slowest of its limits (a roofline).
+
+    A pass reads the features twice, for the logits and for the gradient; over the host link they come once, and are
+    read from the GPU's memory the second time. Refinement needs each image's logits' covariance beside each Hessian,
+    and prediction needs it once: as many operations as the Hessian takes.
+    """
     own, width, k = size.images / size.ranks, size.width + 1, size.classes
     pairs, held = k * (k - 1) // 2, 4.0 * own * size.width
     resident = held < 0.6 * gpu.memory_size
-    scan = held / (gpu.streamed * (gpu.memory if resident else gpu.host_link))
+    scan = 2 * held / (gpu.streamed * gpu.memory) if resident else held / (gpu.streamed * gpu.host_link)
     where = "GPU memory" if resident else "host link"
     ring, hops = 2 * (size.ranks - 1) / size.ranks, math.log2(size.ranks)
     flops = gpu.reached * gpu.float32
     gram = 1.2 * width * width * own / flops
 
-    def reduced(bytes_each: float) -> float:
-        return gpu.latency * hops + ring * bytes_each / (gpu.streamed * gpu.network)
-
-    def step(name: str, limit: str, seconds: float, message: float = 0.0, times: float = 1.0) -> Step:
-        return Step(name, limit, times * (seconds + (reduced(message) if message else 0.0)), times * ring * message)
+    def step(name: str, limit: str, seconds: float, sent: float = 0.0, messages: float = 1.0, times: float = 1) -> Step:
+        waits = gpu.latency * hops * messages + sent / (gpu.streamed * gpu.network) if sent else 0.0
+        return Step(name, limit, times * (seconds + waits), times * sent)
 
     forward = own * work.forward / (gpu.reached * gpu.tensorfloat32)
-    point, matrix = 8.0 * (k * width + 1), 8.0 * width * width
+    matrix, point = ring * 8.0 * width * width, (ring + 1) * 8.0 * k * width
     factor = ((k - 1) * width) ** 3 / 3 / flops
-    updates = own / work.batch
+    updates, passes, tried, refined = own / work.batch, work.passes[size.width], work.curvatures, work.refined
     return [
         step("read files", "network", own * work.image_bytes / (gpu.streamed * gpu.network)),
         step("decode files", f"{gpu.cores} cores a GPU", own / (gpu.cores * work.decoded)),
-        step("one epoch of training", "tensor cores", 3 * forward / updates, 4 * work.parameters, updates),
+        step("one epoch of training", "tensor cores", 3 * forward / updates, ring * 4 * work.parameters, times=updates),
         step("features", "tensor cores", forward),
         step("Gram matrix", "float32", max(gram, scan), matrix),
-        step(f"MAP at {work.taus} prior precisions", where, scan, point, work.taus * work.passes),
-        step(f"Hessian at {work.taus}", "float32", max(pairs * gram, scan) + factor, pairs * matrix, work.taus),
-        step(f"NUTS, {work.leapfrogs:,} leapfrog steps", where, scan, point, work.leapfrogs),
+        step(f"MAPs for the evidence, {passes} passes", where, scan, point, work.messages, passes),
+        step(f"{tried} Hessians for it", "float32", max(pairs * gram, scan) + factor, pairs * matrix, times=tried),
+        step(f"refinement, {refined}", "float32", 2 * max(pairs * gram, scan) + factor, pairs * matrix, times=refined),
+        step("predict every image", "float32", max(pairs * gram, scan)),
+        step(f"{NUTS}, {work.leapfrogs:,} steps", where, scan, point, 2, work.leapfrogs),
     ]

@@ -1,6 +1,6 @@
 """One point of ``bench_scale.py``, measured by every rank: python scripts/scaling/point.py SIZE FOLDER.
 
-Rank 0 prints one line of JSON: seconds by stage, passes over the features, bytes all-reduced, peak memory.
+Rank 0 prints one line of JSON: seconds by stage, passes over the features, bytes sent, peak memory.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bayescam.parallel import joined, rank, share
+from bayescam.posterior import laplace
 from bayescam.posterior.images import TrainingImages, check_images
 from bayescam.posterior.laplace import laplace_at
 from bayescam.posterior.map import find_map, whitening
@@ -33,7 +34,10 @@ _RANK = 32
 
 @dataclass(frozen=True)
 class Size:
-    """N images, D features, K classes on R ranks of so many threads, on a device, as a structure."""
+    """N images, D features, K classes on R ranks of so many threads, on a device, as a structure.
+
+    ``whole``: not a fit at a fixed prior precision, but the choice of it by the evidence, and refinement.
+    """
 
     images: int
     width: int
@@ -42,16 +46,24 @@ class Size:
     threads: int = 1
     device: str = "cpu"
     structure: str = "full"
+    whole: bool = False
 
 
 @dataclass
 class Found:
-    """What was measured: the time of each stage on rank 0 in s, counts, memory of the largest rank in MiB."""
+    """What was measured: the time of each stage on rank 0 in s, counts, memory of the largest rank in MiB.
+
+    ``passes`` are a MAP's or, of a whole fit, the evidence's, over the features; ``curvatures`` and ``refined`` the
+    Hessians of the evidence and of refinement; ``reduced`` and ``told`` the bytes of each all-reduce and broadcast.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
     processor: float = 0.0
     passes: int = 0
+    curvatures: int = 0
+    refined: int = 0
     reduced: list[int] = field(default_factory=list)
+    told: list[int] = field(default_factory=list)
     wire: list[tuple[int, float]] = field(default_factory=list)
     memory_before: float = 0.0
     memory_peak: float = 0.0
@@ -95,8 +107,9 @@ def anonymous() -> float:
 
 @contextmanager
 def watched(found: Found) -> Iterator[None]:
-    """Sample the anonymous memory (of a GPU: torch's own count) every 10 ms, count passes and all-reduced bytes."""
-    ended, reduce, chunks = threading.Event(), dist.all_reduce, TrainingImages.chunks
+    """Sample the anonymous memory (of a GPU: torch's own count) every 10 ms, count passes and bytes sent."""
+    ended, chunks = threading.Event(), TrainingImages.chunks
+    reduce, tell = dist.all_reduce, dist.broadcast
 
     def sample() -> None:
         while not ended.wait(0.01):
@@ -106,6 +119,10 @@ def watched(found: Found) -> Iterator[None]:
         found.reduced.append(tensor.numel() * tensor.element_size())
         return reduce(tensor, *args, **options)
 
+    def counting_tell(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        found.told.append(tensor.numel() * tensor.element_size())
+        return tell(tensor, *args, **options)
+
     def counting_chunks(self: TrainingImages, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         found.passes += 1
         return chunks(self, rows)
@@ -113,11 +130,11 @@ def watched(found: Found) -> Iterator[None]:
     found.memory_before = anonymous()
     sampler = threading.Thread(target=sample)
     sampler.start()
-    dist.all_reduce, TrainingImages.chunks = counting_reduce, counting_chunks
+    dist.all_reduce, dist.broadcast, TrainingImages.chunks = counting_reduce, counting_tell, counting_chunks
     try:
         yield
     finally:
-        dist.all_reduce, TrainingImages.chunks = reduce, chunks
+        dist.all_reduce, dist.broadcast, TrainingImages.chunks = reduce, tell, chunks
         ended.set()
         sampler.join()
 
@@ -132,7 +149,7 @@ def timed(found: Found, stage: str, make: Callable[[], Any], device: str) -> Any
 
 
 def measure(size: Size, folder: Path) -> Found:
-    """A fit at a fixed prior precision, stage by stage: check and Gram matrix, MAP, curvature."""
+    """A fit stage by stage, on the ranks that ``torchrun`` started."""
     torch.set_num_threads(size.threads)
     found = Found()
     phi = np.load(folder / f"phi-{size.width}.npy", mmap_mode="r")[: size.images]
@@ -142,27 +159,53 @@ def measure(size: Size, folder: Path) -> Found:
         features: Any = torch.from_numpy(phi[own].copy()).cuda() if size.device == "cuda" else phi[own]
         processor = time.process_time()
         with watched(found):
-            images = timed(
-                found, "check", lambda: check_images(features, labels[own], num_classes=size.classes, group=group), ""
-            )
-            whitener = timed(found, "gram", lambda: whitening(images), size.device)
-            before = found.passes
-            mode = timed(found, "MAP", lambda: find_map(images, 1.0, whitener), size.device)
-            passes = found.passes - before
-            timed(
-                found, "curvature", lambda: laplace_at(images, mode, whitener, 1.0, size.structure, None), size.device
-            )
+            passes = (_whole if size.whole else _fixed)(size, features, labels[own], group, found)
         found.passes, found.processor = passes, time.process_time() - processor
         if size.device == "cuda":
             found.memory_peak = torch.cuda.max_memory_allocated() / 2**20
         if group is not None:
-            found.wire = wire(sorted(set(found.reduced)), images.device)
+            found.wire = wire(sorted(set(found.reduced)), torch.device(size.device))
             peak = torch.tensor([found.memory_peak])
             dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
             found.memory_peak = float(peak)
         if rank(group) == 0:
             print(json.dumps(asdict(found)), flush=True)
     return found
+
+
+def _fixed(size: Size, features: Any, labels: Tensor, group: Any, found: Found) -> int:
+    """A fit at prior precision 1: check, Gram matrix, MAP, curvature; the passes of its MAP."""
+    images = timed(
+        found, "check", lambda: check_images(features, labels, num_classes=size.classes, group=group), size.device
+    )
+    whitener = timed(found, "gram", lambda: whitening(images), size.device)
+    before = found.passes
+    mode = timed(found, "MAP", lambda: find_map(images, 1.0, whitener), size.device)
+    passes = found.passes - before
+    timed(found, "curvature", lambda: laplace_at(images, mode, whitener, 1.0, size.structure, None), size.device)
+    return passes
+
+
+def _whole(size: Size, features: Any, labels: Tensor, group: Any, found: Found) -> int:
+    """The prior precision by the evidence, then refinement; the passes of the former, its Hessians' among them."""
+    structure: Any = size.structure
+    curvature_at = laplace.curvature_at
+
+    def counting(*args: Any) -> Any:
+        found.curvatures += 1
+        return curvature_at(*args)
+
+    laplace.curvature_at = counting
+    fit = timed(
+        found,
+        "evidence",
+        lambda: laplace.fit_laplace(features, labels, num_classes=size.classes, structure=structure, group=group),
+        size.device,
+    )
+    passes = found.passes
+    refined = timed(found, "refine", lambda: fit.refine(features, labels, group=group), size.device)
+    found.refined = refined.refinement.curvatures
+    return passes
 
 
 def wire(sizes: list[int], device: torch.device) -> list[tuple[int, float]]:
