@@ -7,11 +7,14 @@ it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.stats import norm
+from scipy.stats import t as student
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
@@ -181,15 +184,20 @@ def score(
 def bootstrap_mean(
     values: np.ndarray, groups: np.ndarray, probability: float = 0.95, num_resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """The percentile interval of the mean of values (N,) when whole groups (N,), the patients, are drawn anew."""
-    if not len(values):
-        return float("nan"), float("nan")
+    """The interval of the mean of values (N,) when whole groups (N,), the patients, are drawn anew; nan of one.
+
+    Of G patients the quantile is Phi(-sqrt(G / (G - 1)) t(1 - a; G - 1)), a = (1 - probability) / 2: the percentile
+    interval expanded for few of them (Hesterberg 2015, doi:10.1080/00031305.2015.1089789).
+    """
     members = np.unique(groups, return_inverse=True)[1]
     sums, sizes = np.bincount(members, values), np.bincount(members)
+    count = len(sums)
+    if count < 2:
+        return float("nan"), float("nan")
     generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=num_resamples)
+    drawn = generator.multinomial(count, np.full(count, 1 / count), size=num_resamples)
     means = (drawn @ sums) / (drawn @ sizes)
-    tail = (1 - probability) / 2
+    tail = norm.cdf(-math.sqrt(count / (count - 1)) * student.ppf((1 + probability) / 2, count - 1))
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
 

@@ -7,12 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t as student
 from sklearn.metrics import average_precision_score
 
 from bayescam.explain.baselines import centre_gaussian, edges, random_cam
 from bayescam.explain.localise import (
     METRICS,
     average_precision,
+    bootstrap_mean,
     energy,
     hit,
     iou,
@@ -132,6 +134,19 @@ def test_bootstrap_over_patients_is_wider_than_over_images():
     careless = score({"cam": twice[0]}, twice[1])[4]
     assert (doubled.high - doubled.low) == pytest.approx(single.high - single.low)
     assert (careless.high - careless.low) < 0.85 * (doubled.high - doubled.low)
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_the_interval_of_a_mean_is_students_and_one_patient_has_none(count):
+    values = np.random.default_rng(0).normal(size=count)
+    low, high = bootstrap_mean(values, np.arange(count), 0.9, num_resamples=200_000)
+    assert low <= values.mean() <= high
+    if count == 6:
+        half = student.ppf(0.95, count - 1) * values.std(ddof=1) / math.sqrt(count)
+        assert high - low == pytest.approx(2 * half, rel=0.15)
+    for few in (values[:0], values[:1]):
+        assert all(map(math.isnan, bootstrap_mean(few, np.arange(len(few)))))
+    assert all(map(math.isnan, bootstrap_mean(values, np.zeros(count))))
 
 
 def test_baselines_know_nothing_of_the_network():
