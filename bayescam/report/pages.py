@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bayescam.errors import FileFormatError
 from bayescam.report.figures import write_figures
 from bayescam.report.html import write_report
 from bayescam.report.model_card import write_model_card
@@ -17,8 +18,13 @@ def write_pages(run_folder: Path) -> list[Path]:
         the paths of the report and the model card.
 
     Raises:
-        BayescamError: a file of the run is missing or broken.
+        BayescamError: a file of the run is missing or broken, or lacks what other versions did not write.
     """
     files = RunFiles(run_folder)
-    write_figures(files)
-    return [write_report(files), write_model_card(files)]
+    try:
+        write_figures(files)
+        return [write_report(files), write_model_card(files)]
+    except KeyError as error:
+        raise FileFormatError(
+            f"{run_folder}: one of its files lacks {error}, as written by another bayescam; run again"
+        ) from error

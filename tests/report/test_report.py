@@ -376,6 +376,11 @@ class TestReport:
         (tmp_path / "r/figures/case-2-sd.png").unlink()
         with pytest.raises(BayescamError, match=r"case-2-sd\.png: missing"):
             write_report(RunFiles(tmp_path / "r"))
+        stored = json.loads((run_folder / "metrics.json").read_text())
+        del stored["intervals"]["map"]["brier_remainder"]
+        (tmp_path / "r/metrics.json").write_text(json.dumps(stored))
+        with pytest.raises(BayescamError, match=r"lacks 'brier_remainder', as written by another bayescam; run again"):
+            write_pages(tmp_path / "r")
         (tmp_path / "r/history.csv").unlink()
         with pytest.raises(BayescamError, match=r"history\.csv"):
             write_pages(tmp_path / "r")
