@@ -385,6 +385,19 @@ class TestReport:
         with pytest.raises(BayescamError, match=r"history\.csv"):
             write_pages(tmp_path / "r")
 
+    def test_every_section_is_listed_every_table_scrolls_and_no_plot_has_a_ground(self, run_folder):
+        source = (run_folder / "report.html").read_text(encoding="utf-8")
+        contents = source[source.index("<nav") : source.index("</nav>")]
+        sections = [name.removesuffix("-heading") for name in re.findall(r'<h2 id="([^"]+)"', source)]
+        assert sections == re.findall(r'href="#([^"]+)"', contents)
+        scrolling = r'<div class="scroll[^"]*" tabindex="0" role="region" aria-label="[^"]+"><table'
+        assert len(re.findall(scrolling, source)) == source.count("<table") >= 5
+        plots = re.findall(r'<img class="plot" src="data:image/png;base64,([^"]+)"', source)
+        assert len(plots) == 10
+        for plot in plots:
+            with Image.open(BytesIO(base64.b64decode(plot))) as picture:
+                assert picture.convert("RGBA").getpixel((0, 0))[3] == 0
+
     def test_nothing_leaves_a_narrow_page(self, run_folder, tmp_path):
         """At the width of a telephone the page is as wide as its window, whatever the names."""
         shot = tmp_path / "shot.png"
