@@ -8,6 +8,8 @@ import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker: the problems are tiny, and the cores are shared
+
 import numpy as np
 import pytest
 

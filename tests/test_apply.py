@@ -41,7 +41,9 @@ def image(tmp_path):
     return str(path)
 
 
-@pytest.mark.parametrize("verdict", list(SPEAKERS))
+@pytest.mark.parametrize(
+    "verdict", [pytest.param(v, marks=pytest.mark.slow) if v in ("laplace", "undecided") else v for v in SPEAKERS]
+)
 def test_the_posterior_that_the_verdict_names_predicts_and_explains(pieces, image, tmp_path, verdict):
     backbone, laplace, nuts = pieces
     posterior = nuts.draws if verdict == "nuts" else laplace

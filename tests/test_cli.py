@@ -136,6 +136,7 @@ def test_a_working_directory_that_is_gone_is_said(tmp_path, capsys, monkeypatch)
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="a POSIX shell")
 @pytest.mark.parametrize(
     ("shell", "status", "said"),

@@ -20,7 +20,7 @@ from bayescam.runfolder import RunFolder, locked
 from bayescam.storage import write_text
 
 SMALL = FeaturesSettings(prior_precision=0.5, num_chains=2, num_samples=120, num_warmup=60, num_laplace_samples=50)
-FLAGS = ["--prior-precision", "0.5", "--num-chains", "2", "--num-samples", "120", "--num-warmup", "60"]
+FLAGS = ["--prior-precision", "0.5", "--num-chains", "2", "--num-samples", "40", "--num-warmup", "40"]
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_command_line_leaves_the_verdict_and_every_file(features, tmp_path, caps
     assert diagnostics["nuts_hierarchical"]["tau"]["mean"] > 0
     assert set(json.loads((out / "timings.json").read_text())["seconds"]) >= {"laplace_full", "nuts", "compare"}
     assert load_laplace(out / "posterior/laplace.safetensors").prior_precision == 0.5
-    assert Nuts.load(out / "posterior/nuts.safetensors").draws.weight.shape == (2, 120, 3, 3)
+    assert Nuts.load(out / "posterior/nuts.safetensors").draws.weight.shape == (2, 40, 3, 3)
     for name in ("laplace", "refined", "nuts"):
         with xr.open_dataset(out / f"posterior/{name}.nc", group="posterior", engine="h5netcdf") as stored:
             assert {"label", "feature"} <= set(stored["weight"].dims)

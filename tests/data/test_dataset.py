@@ -104,6 +104,7 @@ def test_the_data_are_never_changed(tmp_path):
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in root.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_many_files_are_opened_and_hashed_quickly(mednist_dev):
     begun = time.process_time()
     opened = open_dataset(mednist_dev)

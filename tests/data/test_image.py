@@ -240,9 +240,9 @@ def test_every_broken_file_is_refused_by_name_quickly_and_small(tmp_path, name):
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("content", [_text_bomb(), _profile_bomb()], ids=["zTXt", "iCCP"])
-def test_a_bomb_in_the_metadata_does_no_harm(tmp_path, content):
-    (tmp_path / "x.png").write_bytes(content)
+@pytest.mark.parametrize("make", [_text_bomb, _profile_bomb], ids=["zTXt", "iCCP"])
+def test_a_bomb_in_the_metadata_does_no_harm(tmp_path, make):
+    (tmp_path / "x.png").write_bytes(make())
     try:
         values = _within_a_second_and_50_mb(tmp_path / "x.png")
     except ImageError:

@@ -70,6 +70,7 @@ def test_equal_posteriors_are_laplace():
     assert "Laplace predicts like NUTS" in comparison.words
 
 
+@pytest.mark.slow
 def test_every_distance_has_its_interval_over_patients():
     truth, (features, labels) = fitted(), data()
     nuts, off = as_nuts(truth), moved(truth, 0.3)

@@ -64,6 +64,7 @@ def test_images_are_spread_over_all(num_images):
     assert np.diff(rows).max(initial=1) - np.diff(rows).min(initial=num_images) <= 1
 
 
+@pytest.mark.slow
 def test_the_last_image_is_looked_at():
     generator = torch.Generator().manual_seed(0)
     draws = bc.Draws(

@@ -30,7 +30,7 @@ def fitted():
     features = torch.randn(N, D, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, K, (N,), generator=generator)
     laplace = bc.fit_laplace(features, labels, prior_precision=2.0)
-    nuts = bc.sample_nuts(laplace, features, labels, num_chains=4, num_samples=250, num_warmup=80, progress=False)
+    nuts = bc.sample_nuts(laplace, features, labels, num_chains=4, num_samples=200, num_warmup=50, progress=False)
     return features, labels, laplace, nuts
 
 
@@ -189,6 +189,7 @@ def test_probabilities_are_made_again_where_the_file_has_none(folder, groups, ch
     assert [check.value for check in again] == pytest.approx([check.value for check in after])
 
 
+@pytest.mark.slow
 def test_tau_is_looked_at_where_it_was_sampled(folder, fitted):
     features, labels, laplace, _ = fitted
     nuts = bc.sample_nuts(

@@ -116,6 +116,7 @@ def test_centred_weights_and_predictions_cannot_see_a_shift(problem):
     assert not np.allclose(get_dataset(ours, "posterior")["weight"], get_dataset(theirs, "posterior")["weight"])
 
 
+@pytest.mark.slow
 def test_netcdf_round_trip_and_arviz_itself(problem, tmp_path):
     import arviz as az
 

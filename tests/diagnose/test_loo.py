@@ -59,6 +59,7 @@ def test_the_gaussians_loo_is_the_posteriors(problem, exact):
     assert np.abs(uncorrected - exact).max() > 5 * np.abs(found.elpd_i - exact).max()
 
 
+@pytest.mark.slow
 def test_nuts_needs_no_correction(problem, exact):
     features, labels, laplace = problem
     nuts = bc.sample_nuts(laplace, features, labels, num_samples=400, num_warmup=100, progress=False)

@@ -82,6 +82,7 @@ def test_shuffled_labels_take_the_map_away_and_its_sureness_with_it():
     assert float((false.mean / false.sd).abs().mean()) < 2
 
 
+@pytest.mark.slow
 def test_randomised_weights_take_the_map_away():
     """Adebayo et al. 2018, first test: the network's layers drawn anew, the last layer fitted to them again."""
     pictures, labels = _blobs(160)
@@ -93,6 +94,7 @@ def test_randomised_weights_take_the_map_away():
     assert float(found[1]) < 0.5 * float(found[0])
 
 
+@pytest.mark.slow
 def test_pictures_unlike_any_in_training_have_wider_maps():
     pictures, labels = _blobs(160)
     backbone = _network(6)

@@ -150,6 +150,7 @@ def test_kinetic_energy_has_its_chi_square_mean():
     assert np.abs(t_values(kinetic[..., None], dimension / 2)).max() < 5
 
 
+@pytest.mark.slow
 def test_shift_is_drawn_from_the_prior():
     laplace, features, labels = fitted(tau=0.25)
     nuts = sample_nuts(laplace, features, labels, num_chains=4, num_samples=500, num_warmup=50, progress=False)
@@ -268,7 +269,10 @@ def test_dead_worker_is_named_and_the_other_chains_are_kept(tmp_path, monkeypatc
     assert torch.equal(again.draws.weight, whole.draws.weight)
 
 
-@pytest.mark.parametrize(("stop_at", "complete", "kept"), [(75, 1, 30), (40, 0, 10), (20, 0, 0)])
+@pytest.mark.parametrize(
+    ("stop_at", "complete", "kept"),
+    [pytest.param(75, 1, 30, marks=pytest.mark.slow), (40, 0, 10), pytest.param(20, 0, 0, marks=pytest.mark.slow)],
+)
 def test_ctrl_c_keeps_what_was_drawn(stop_at, complete, kept, monkeypatch, tmp_path):
     seen = [0]
     advance = nuts_run.Progress.advance
@@ -329,6 +333,7 @@ def test_ctrl_c_reaches_the_workers_and_keeps_their_draws(tmp_path):
     assert done.stdout.splitlines() == ["[0, 1] 1", "True"], done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
 def test_draws_on_a_gpu_stay_there():

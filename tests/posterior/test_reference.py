@@ -44,9 +44,8 @@ def test_reference_meets_posteriordbs_criteria(name):
         assert total == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name != "iris" else name for name in NAMES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_nuts_finds_the_reference(name):
     stored = json.loads((FOLDER / f"{name}.json").read_text())
     tools = script()

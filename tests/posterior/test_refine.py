@@ -276,6 +276,7 @@ def test_what_stops_short_says_so_and_what_to_do(monkeypatch):
     assert not any("refinement stopped" in note for note in again.notes)
 
 
+@pytest.mark.slow
 def test_a_rule_that_is_too_coarse_says_so():
     """What the rule's error is said to be is what it is: against 16,384 points."""
     phi, labels = problem(60, 4, 16)

@@ -34,6 +34,7 @@ def test_nearly_gaussian_posterior_shows_no_error():
     assert "reliable" in repr(found)
 
 
+@pytest.mark.slow
 def test_wrong_mean_and_wrong_sd_are_found():
     features, labels = data(1500)
     laplace = fit_laplace(features, labels, num_classes=K, prior_precision=1.0)

@@ -119,6 +119,7 @@ def test_any_aspect_draws_without_a_warning(shape):
     draw_case(_case(*shape)).canvas.draw()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "columns"), [((60, 40), 0), ((30, 90), 0), ((60, 40), 1), ((30, 90), 2)])
 def test_no_words_lie_over_others_or_leave_the_picture(shape, columns, monkeypatch):
     """Long names of classes and files; columns 0: one case, else a gallery."""

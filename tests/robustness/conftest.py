@@ -48,17 +48,6 @@ def fill(root: Path, classes: list[str | bytes], each: int = 30) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    """These problems are tiny: threads would only wait for each other."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """90 images of three classes."""

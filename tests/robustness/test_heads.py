@@ -22,7 +22,7 @@ TAU = 1.0
 CENTRES = np.random.default_rng(99).normal(size=(6, 8))
 SLOW_HEADS = tuple(pytest.param(name, marks=pytest.mark.slow) for name in ("refined_diag", "refined_kron"))
 GAUSSIAN_HEADS = ("map", "diag", "kron", "full", "refined", *SLOW_HEADS)
-HEADS = (*GAUSSIAN_HEADS, "nuts")
+HEADS = (*GAUSSIAN_HEADS, pytest.param("nuts", marks=pytest.mark.slow))
 each_head = pytest.mark.parametrize("name", HEADS)
 each_gaussian = pytest.mark.parametrize("name", GAUSSIAN_HEADS)
 

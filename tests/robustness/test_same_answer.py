@@ -70,6 +70,7 @@ def test_features_do_not_depend_on_the_batch_size(tiny, tmp_path):
         torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5 * float(whole.abs().max()))
 
 
+@pytest.mark.slow
 def test_posteriors_do_not_depend_on_the_chunk_size(monkeypatch):
     """Within 1e-7: float64 sums in another order, and the optimiser's tolerance far below that."""
     features, labels = _data()
@@ -79,6 +80,7 @@ def test_posteriors_do_not_depend_on_the_chunk_size(monkeypatch):
     _assert_close(_heads(features, labels), whole, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_posteriors_do_not_depend_on_the_number_of_threads():
     """Within 1e-7."""
     features, labels = _data()
