@@ -85,12 +85,12 @@ def spread(num_images: int, most: int = NUM_IMAGES) -> np.ndarray:
 
 def probability_convergence(draws: Draws, features: Tensor, num_images: int = NUM_IMAGES) -> Convergence:
     """Convergence of the predicted probabilities of at most ``num_images`` of the images (N, D), spread evenly."""
-    return convergence(probabilities(draws, features[spread(len(features), num_images)]))
+    return convergence(probabilities(draws.weight, draws.bias, features[spread(len(features), num_images)]))
 
 
-def probabilities(draws: Draws, features: Tensor) -> np.ndarray:
-    """Class probabilities of every draw at features (N, D): (C, S, N, K)."""
-    logits = features.to(draws.weight) @ draws.weight.mT + draws.bias.unsqueeze(-2)
+def probabilities(weight: Tensor, bias: Tensor, features: Tensor) -> np.ndarray:
+    """Class probabilities of draws (C, S, K, D) and (C, S, K) at features (N, D): (C, S, N, K)."""
+    logits = features.to(weight) @ weight.mT + bias.unsqueeze(-2)
     return logits.softmax(-1).cpu().numpy()
 
 

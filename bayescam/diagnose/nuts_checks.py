@@ -15,7 +15,6 @@ from bayescam.diagnose.compare import MAX_RHAT, MIN_ESS
 from bayescam.diagnose.convergence import Convergence, Place, convergence, energy_fraction, probabilities, spread
 from bayescam.diagnose.run_checks import Check
 from bayescam.errors import FileFormatError
-from bayescam.posterior.draws import Draws
 from bayescam.storage import load_netcdf, load_tensors, netcdf_groups
 
 GOOD_RHAT = 1.01
@@ -101,15 +100,16 @@ class Chains:
     def probabilities(self) -> tuple[np.ndarray, np.ndarray, int] | None:
         """Predicted probabilities (C, S, n, K) of images spread over the N there are, their names, and N.
 
-        As the file has them; else from its draws at its features, or at those of the run's test split.
+        From its draws at its features, or at those of the run's test split, as the comparison has them; else those of
+        the file, whose float32 ties near 0 and 1 move ranks.
         """
-        if "probs" in self.groups["predictions"]:
+        features = self._features()
+        if features is None:
+            if "probs" not in self.groups["predictions"]:
+                return None
             probs = self.array("predictions", "probs", 4)
             rows = spread(probs.shape[2])
             return probs[:, :, rows], self._names("predictions", probs.shape[2])[rows], probs.shape[2]
-        features = self._features()
-        if features is None:
-            return None
         rows = spread(len(features))
         weights, biases, phi = (np.array(one, dtype=float) for one in (self.weights, self.biases, features[rows]))
         if biases.shape != weights.shape[:3] or phi.shape[1] != weights.shape[3]:
@@ -117,8 +117,7 @@ class Chains:
                 f"{self.path}: features {features.shape}, weights {weights.shape}, biases {biases.shape} do not fit; "
                 "give a complete run"
             )
-        draws = Draws(torch.from_numpy(weights), torch.from_numpy(biases))
-        probs = probabilities(draws, torch.from_numpy(phi))
+        probs = probabilities(*map(torch.from_numpy, (weights, biases, phi)))
         return probs, self._names("constant_data", len(features))[rows], len(features)
 
     def _features(self) -> np.ndarray | None:

@@ -116,6 +116,16 @@ def put(group, name, at, value):
     return change
 
 
+def put_probs(at, value):
+    """In a file without features, whose probabilities are all that there is."""
+
+    def change(groups):
+        groups["constant_data"] = groups["constant_data"].drop_vars("features")
+        put("predictions", "probs", at, value)(groups)
+
+    return change
+
+
 BROKEN = {
     "NaN in a weight": (put("posterior", "weight_centred", (2, 9, 1, 0), np.nan), "weights", {"label": "<b>"}),
     "infinite weight": (put("posterior", "weight_centred", (2, 9, 1, 0), np.inf), "weights", {"chain": 2}),
@@ -129,11 +139,11 @@ BROKEN = {
     "NaN in an energy": (put("sample_stats", "energy", (2, 5), np.nan), "E-BFMI", {"chain": 2}),
     "an energy that stands still": (put("sample_stats", "energy", (1,), 4.7), "E-BFMI", {"chain": 1}),
     "late images": (
-        put("predictions", "probs", (1, slice(None), slice(130, None)), lambda a: np.roll(a[1, :, 130:], 1, -1)),
+        put_probs((1, slice(None), slice(130, None)), lambda a: np.roll(a[1, :, 130:], 1, -1)),
         "probabilities",
         {"chain": 1},
     ),
-    "NaN in the last image": (put("predictions", "probs", (0, 0, -1, 0), np.nan), "probabilities", {"label": "hand"}),
+    "NaN in the last image": (put_probs((0, 0, -1, 0), np.nan), "probabilities", {"label": "hand"}),
     "a divergence": (put("sample_stats", "diverging", (3, 8), True), "divergent", {"most in chain": 3}),
 }
 
@@ -144,7 +154,8 @@ def test_broken_chains_fail_where_they_are_broken(changed, name):
     found = changed(change)
     failed = [check for check in found.failed if check.subject == "nuts"]
     assert failed
-    assert all(part in check.name for check in failed)
+    assert all(part in check.name or "probabilities" in check.name for check in failed)
+    assert part in failed[0].name
     assert where.items() <= failed[0].where.items()
     assert not found.passed
     assert not found.sound
@@ -163,11 +174,17 @@ def test_between_the_two_limits_is_a_note(changed):
     assert not check.decides
 
 
-def test_probabilities_are_made_again_where_the_file_has_none(folder, groups, changed):
+def test_probabilities_converge_as_the_comparison_says(sound):
+    compared = json.loads((sound / "comparison.json").read_text())["convergence"]["probabilities"]
+    found = [check.value for check in checks(diagnose_run(sound), "probabilities")]
+    assert found == pytest.approx([compared[name] for name in ("rhat", "ess_bulk", "ess_tail")], rel=1e-3)
+
+
+def test_probabilities_are_the_file_s_where_it_has_no_features(folder, groups, changed):
     before = checks(changed(lambda groups: None), "probabilities")
 
     def without(groups):
-        groups["predictions"] = groups["predictions"].drop_vars("probs")
+        groups["constant_data"] = groups["constant_data"].drop_vars("features")
 
     after = checks(changed(without), "probabilities")
     assert [check.value for check in after] == pytest.approx([check.value for check in before], rel=1e-3)
