@@ -374,7 +374,7 @@ def _save_posteriors(
 ) -> None:
     from bayescam.diagnose.inference_data import save, to_inference_data
 
-    folder, tau = out / "posterior", gaussians["laplace_full"].prior_precision
+    folder = out / "posterior"
     files: dict[str, Laplace | Nuts] = {
         "laplace": gaussians["laplace_full"],
         "refined": gaussians["laplace_refined"],
@@ -386,8 +386,6 @@ def _save_posteriors(
             posterior,
             *test,
             train=train,
-            prior_precision=None if name == "nuts_hierarchical" else tau,
-            tau_prior="gamma" if name == "nuts_hierarchical" else None,
             classes=list(table.classes),
             obs_ids=[f"row-{i}" for i in table.test_rows],
             num_samples=settings.num_laplace_samples,

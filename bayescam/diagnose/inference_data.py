@@ -67,8 +67,8 @@ def to_inference_data(
     ``log_likelihood``, whose attribute "images" says of which images it is. ``az.loo`` and ``az.compare`` leave images
     out of the posterior: they need those of "train", and ``leave_one_out`` for the draws of a Gaussian.
 
-    Where tau was sampled, ``log_prior`` holds log p(weights | tau) of each draw's own tau and, with ``tau_prior``,
-    log p(tau); ``prior`` and ``prior_predictive`` need ``tau_prior``.
+    Where tau was sampled, ``log_prior`` holds log p(weights | tau) of each draw's own tau and, where the prior of
+    tau is known, log p(tau); ``prior`` and ``prior_predictive`` need it.
 
     Args:
         posterior: a Laplace (refined or not; sampled here, C = 1), a Nuts or Draws.
@@ -79,8 +79,8 @@ def to_inference_data(
         obs_ids: N names, the coordinate ``obs_id``.
         num_samples: draws of a Gaussian, and of the prior.
         seed: of a Gaussian's draws; the prior's and the simulated labels take seeds derived from it.
-        prior_precision: tau of draws that do not carry it (NUTS at a fixed tau), for ``log_prior`` and ``prior``.
-        tau_prior: (shape, rate) of tau's Gamma prior, or "gamma" for that of ``sample_nuts``, where tau was sampled.
+        prior_precision: tau of draws that do not carry it, for ``log_prior`` and ``prior``.
+        tau_prior: likewise (shape, rate) of tau's Gamma prior, or "gamma" for that of ``sample_nuts``.
         log_likelihood: of the images of ``features``, or of those of ``train`` (dims chain, draw, train_id), float32.
 
     Raises:

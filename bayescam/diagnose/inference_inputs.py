@@ -58,21 +58,24 @@ def check_posterior(posterior: Any) -> None:
 def check_prior(posterior: Laplace | Nuts | Draws, prior_precision: Any, tau_prior: Any) -> Prior:
     """The prior of ``posterior``: its own, or what was said of draws that do not carry it."""
     told = None if prior_precision is None else _positive("prior_precision", prior_precision)
-    sampled = isinstance(posterior, Nuts) and posterior.tau is not None
-    if tau_prior is not None and not sampled:
+    sampled = posterior if isinstance(posterior, Nuts) and posterior.tau is not None else None
+    if tau_prior is not None and sampled is None:
         raise ValueError(f"tau_prior is {tau_prior!r}, but tau was not sampled with this posterior; leave it out")
-    if isinstance(posterior, Laplace):
-        own = posterior.prior_precision
+    own = None if isinstance(posterior, Draws) else posterior.prior_precision
+    if own is not None:
         if told is not None and not math.isclose(told, own, rel_tol=1e-6):
             raise ValueError(f"prior_precision is {told:g}, but the posterior was fitted with {own:g}; leave it out")
         return Prior(own, None)
-    if sampled:
+    if sampled is not None:
         if told is not None:
             raise ValueError(
                 f"prior_precision is {told:g}, but tau was sampled with the weights and differs from draw to draw; "
                 "leave it out (tau_prior names the prior it had)"
             )
-        return Prior(None, _gamma(tau_prior))
+        gamma, known = _gamma(tau_prior), sampled.tau_prior
+        if None not in (gamma, known) and gamma != known:
+            raise ValueError(f"tau_prior is {tau_prior!r}, but tau was sampled under {known}; leave it out")
+        return Prior(None, gamma or known)
     return Prior(told, None)
 
 

@@ -43,6 +43,8 @@ class Nuts:
         seconds: wall time of each chain, (C,).
         settings: kernel, lengths, seed.
         class_weights: of a generalised likelihood, (K,), else None.
+        prior_precision: tau, where it was not sampled.
+        tau_prior: (shape, rate) of tau's Gamma prior, where it was.
     """
 
     draws: Draws
@@ -52,6 +54,8 @@ class Nuts:
     seconds: np.ndarray
     settings: ChainSettings
     class_weights: Tensor | None = None
+    prior_precision: float | None = None
+    tau_prior: tuple[float, float] | None = None
 
     @property
     def num_divergent(self) -> int:
@@ -81,7 +85,8 @@ class Nuts:
             tensors["tau"] = self.tau
         if self.class_weights is not None:
             tensors["class_weights"] = self.class_weights
-        save_tensors(Path(path), tensors, {"kind": "nuts", "settings": asdict(self.settings)})
+        prior = {"prior_precision": self.prior_precision, "tau_prior": self.tau_prior}
+        save_tensors(Path(path), tensors, {"kind": "nuts", "settings": asdict(self.settings), **prior})
 
     @classmethod
     def load(cls, path: Path | str) -> Nuts:
@@ -100,8 +105,10 @@ class Nuts:
                 tensors["seconds"].numpy(),
                 ChainSettings(**metadata["settings"]),
                 tensors.get("class_weights"),
+                None if (tau := metadata.get("prior_precision")) is None else float(tau),
+                None if (gamma := metadata.get("tau_prior")) is None else (float(gamma[0]), float(gamma[1])),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise FileFormatError(f"{path}: not a whole NUTS run ({error}); sample again") from error
 
     def __repr__(self) -> str:
@@ -236,6 +243,8 @@ def _gather(chains: Sequence[Chain], settings: ChainSettings, laplace: Laplace, 
         np.array([chain.seconds for chain in chains]),
         settings,
         laplace.class_weights,
+        laplace.prior_precision if problem.tau_prior is None else None,
+        problem.tau_prior,
     )
 
 

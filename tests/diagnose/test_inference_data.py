@@ -182,7 +182,7 @@ def hierarchical(problem):
 
 def test_a_sampled_tau_is_the_prior_of_each_draw(hierarchical, problem):
     features, labels, *_ = problem
-    data = _export(hierarchical, problem, train=(features, labels), tau_prior=(2.0, 0.5), num_samples=4000)
+    data = _export(hierarchical, problem, train=(features, labels), num_samples=4000)
     tau = get_dataset(data, "posterior")["tau"].values
     theta = hierarchical.draws.theta().numpy()
     found = get_dataset(data, "log_prior")
@@ -202,12 +202,15 @@ def test_a_sampled_tau_is_the_prior_of_each_draw(hierarchical, problem):
 
 
 def test_without_taus_prior_what_needs_it_is_left_out(hierarchical, problem):
-    data = _export(hierarchical, problem)
+    unknown = replace(hierarchical, tau_prior=None)  # a file of an earlier version
+    data = _export(unknown, problem)
     assert set(get_dataset(data, "log_prior")) == {"theta"}
     assert not {"prior", "prior_predictive"} & set(group_names(data))
     with pytest.raises(ValueError, match="prior_precision is 2, but tau was sampled"):
         _export(hierarchical, problem, prior_precision=2.0)
-    default = get_dataset(_export(hierarchical, problem, tau_prior="gamma"), "posterior").attrs["tau_prior"]
+    with pytest.raises(ValueError, match=r"tau_prior is 'gamma', but tau was sampled under \(2.0, 0.5\)"):
+        _export(hierarchical, problem, tau_prior="gamma")
+    default = get_dataset(_export(unknown, problem, tau_prior="gamma"), "posterior").attrs["tau_prior"]
     assert json.loads(default) == [1.0, 0.1]
     for wrong, error in (((0.0, 1.0), ValueError), (3.0, TypeError), ("flat", TypeError), ((1.0, "b"), TypeError)):
         with pytest.raises(error, match="tau_prior"):

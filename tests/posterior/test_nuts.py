@@ -360,6 +360,7 @@ def test_save_and_load(tmp_path):
     assert torch.equal(again.tau, nuts.tau)
     assert again.settings == nuts.settings
     assert repr(again) == repr(nuts)
+    assert (again.prior_precision, again.tau_prior) == (nuts.prior_precision, nuts.tau_prior) == (None, (1.0, 0.1))
     for name, values in nuts.stats.items():
         np.testing.assert_array_equal(again.stats[name], values)
     short(folder=tmp_path)
