@@ -193,12 +193,13 @@ def workload(model: Model, points: list[tuple[Size, Found]], folder: Path) -> Wo
     whole, wide_map = run(WHOLE, folder), run(WIDE, folder)
     print(
         f"\n{words(WHOLE)}: evidence {whole.seconds['evidence']:.1f} s, {whole.passes} passes, {whole.curvatures} "
-        f"Hessians; refinement {whole.seconds['refine']:.1f} s, {whole.refined} Hessians\n"
+        f"Hessians; refinement {whole.seconds['refine']:.1f} s, {whole.refined} Hessians, "
+        f"{whole.expectations} expected losses\n"
         f"{words(WIDE)}: a MAP {wide_map.seconds['MAP']:.1f} s, {wide_map.passes} passes"
     )
     narrow = next(found for size, found in points if replace(size, device="cpu") == replace(BASE, width=WHOLE.width))
     passes = {WHOLE.width: whole.passes, WIDE.width: round(whole.passes * wide_map.passes / narrow.passes)}
-    return Workload(*decoded(folder), passes, model.messages, whole.curvatures, whole.refined)
+    return Workload(*decoded(folder), passes, model.messages, whole.curvatures, whole.refined, whole.expectations)
 
 
 def million(folder: Path, images: list[int]) -> None:

@@ -341,7 +341,7 @@ def test_the_cost_model_finds_planted_costs_and_plans_by_them(monkeypatch):
     compute = sum(cost * sum(model.terms(stage, size, 20).values()) for stage, cost in costs.items())
     sent = 1e-6 * (model.reduced(size, 20) + model.told(size, 20)) + 20 * 4 * 1e-4
     assert fitted.predict(size) == pytest.approx(compute + sent)
-    work = model.Workload(800, 70_000, {512: 700}, 4.0, 15, 5)
+    work = model.Workload(800, 70_000, {512: 700}, 4.0, 15, 5, 200)
     steps = {step.name: step for step in model.plan(Size(10**9, 512, 7, ranks=64), work)}
     images = 10**9 / 64
     assert steps["decode files"].seconds == pytest.approx(images / (14 * 800))

@@ -126,6 +126,7 @@ class Workload:
         messages: that go with a pass, measured.
         curvatures: Hessians that the evidence builds, measured.
         refined: those of refinement, measured.
+        expectations: expected losses of refinement, each over so many points an image, measured.
         leapfrogs: of NUTS, all ranks walking each chain together: 4 chains of 650 draws, 15 steps each.
     """
 
@@ -135,6 +136,8 @@ class Workload:
     messages: float
     curvatures: int
     refined: int
+    expectations: int
+    points: int = 128
     forward: float = 3.6e9
     parameters: float = 11.7e6
     batch: int = 256
@@ -156,7 +159,8 @@ def plan(size: Size, work: Workload, gpu: Hardware = Hardware()) -> list[Step]:
 
     A pass reads the features twice, for the logits and for the gradient; over the host link they come once, and are
     read from the GPU's memory the second time. Refinement needs each image's logits' covariance beside each Hessian,
-    and prediction needs it once: as many operations as the Hessian takes.
+    and prediction needs it once: as many operations as the Hessian takes. An expected loss writes and reads the logits
+    at all points of the images twice.
     """
     own, width, k = size.images / size.ranks, size.width + 1, size.classes
     pairs, held = k * (k - 1) // 2, 4.0 * own * size.width
@@ -173,6 +177,7 @@ def plan(size: Size, work: Workload, gpu: Hardware = Hardware()) -> list[Step]:
 
     forward = own * work.forward / (gpu.reached * gpu.tensorfloat32)
     matrix, point = ring * 8.0 * width * width, (ring + 1) * 8.0 * k * width
+    cloud = 4 * 4.0 * own * work.points * k / (gpu.streamed * gpu.memory)
     factor = ((k - 1) * width) ** 3 / 3 / flops
     updates, passes, tried, refined = own / work.batch, work.passes[size.width], work.curvatures, work.refined
     return [
@@ -183,7 +188,14 @@ def plan(size: Size, work: Workload, gpu: Hardware = Hardware()) -> list[Step]:
         step("Gram matrix", "float32", max(gram, scan), matrix),
         step(f"MAPs for the evidence, {passes} passes", where, scan, point, work.messages, passes),
         step(f"{tried} Hessians for it", "float32", max(pairs * gram, scan) + factor, pairs * matrix, times=tried),
-        step(f"refinement, {refined}", "float32", 2 * max(pairs * gram, scan) + factor, pairs * matrix, times=refined),
+        step(
+            f"refinement, {refined} Hessians",
+            "float32",
+            2 * max(pairs * gram, scan) + factor,
+            pairs * matrix,
+            times=refined,
+        ),
+        step(f"its {work.expectations} expected losses", "GPU memory", cloud, point, work.messages, work.expectations),
         step("predict every image", "float32", max(pairs * gram, scan)),
         step(f"{NUTS}, {work.leapfrogs:,} steps", where, scan, point, 2, work.leapfrogs),
     ]

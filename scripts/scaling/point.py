@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bayescam.parallel import joined, rank, share
-from bayescam.posterior import laplace
+from bayescam.posterior import laplace, refine
 from bayescam.posterior.images import TrainingImages, check_images
 from bayescam.posterior.laplace import laplace_at
 from bayescam.posterior.map import find_map, whitening
@@ -54,7 +54,8 @@ class Found:
     """What was measured: the time of each stage on rank 0 in s, counts, memory of the largest rank in MiB.
 
     ``passes`` are a MAP's or, of a whole fit, the evidence's, over the features; ``curvatures`` and ``refined`` the
-    Hessians of the evidence and of refinement; ``reduced`` and ``told`` the bytes of each all-reduce and broadcast.
+    Hessians of the evidence and of refinement, ``expectations`` the latter's expected losses; ``reduced`` and ``told``
+    the bytes of each all-reduce and broadcast.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -62,6 +63,7 @@ class Found:
     passes: int = 0
     curvatures: int = 0
     refined: int = 0
+    expectations: int = 0
     reduced: list[int] = field(default_factory=list)
     told: list[int] = field(default_factory=list)
     wire: list[tuple[int, float]] = field(default_factory=list)
@@ -189,13 +191,17 @@ def _fixed(size: Size, features: Any, labels: Tensor, group: Any, found: Found) 
 def _whole(size: Size, features: Any, labels: Tensor, group: Any, found: Found) -> int:
     """The prior precision by the evidence, then refinement; the passes of the former, its Hessians' among them."""
     structure: Any = size.structure
-    curvature_at = laplace.curvature_at
+    curvature_at, expected_loss = laplace.curvature_at, refine.expected_loss
 
     def counting(*args: Any) -> Any:
         found.curvatures += 1
         return curvature_at(*args)
 
-    laplace.curvature_at = counting
+    def expecting(*args: Any) -> Any:
+        found.expectations += 1
+        return expected_loss(*args)
+
+    laplace.curvature_at, refine.expected_loss = counting, expecting
     fit = timed(
         found,
         "evidence",
