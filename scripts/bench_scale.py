@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -29,7 +30,7 @@ import torch
 from _printed import kept
 from PIL import Image
 from scaling import wide
-from scaling.model import NUTS, STAGES, Hardware, Model, Workload, fit, plan, reduced, terms, told
+from scaling.model import NUTS, STAGES, Hardware, Model, Workload, fit, plan, reduced, told
 from scaling.point import Found, Size, simulate
 
 import bayescam as bc
@@ -127,7 +128,8 @@ def report_fit(points: list[tuple[Size, Found]], left_out: Found) -> Model:
         for name, value in model.seconds[stage].items():
             print(f"| {stage} | {name} | {1e9 * value:.3g} |")
     print(f"| all-reduce | message | {1e9 * model.latency:.3g} |\n| all-reduce | byte | {1e9 * model.per_byte:.3g} |")
-    print(f"\npasses over the features of one MAP, the median: {model.passes}")
+    powers = " ".join(f"{name}^{power:.2f}" for name, power in zip("NEK", model.growth[1:], strict=True))
+    print(f"\npasses over the features of one MAP: {math.exp(model.growth[0]):.3g} {powers}")
     print(f"messages that go with a pass, the median: {model.messages:.1f}")
     for size, found in [points[-1], (LEFT_OUT, left_out)]:
         ratios = [formula(size, found.passes) / sum(sent) for formula, sent in _sent(found)]
@@ -138,13 +140,13 @@ def report_fit(points: list[tuple[Size, Found]], left_out: Found) -> Model:
         f"predicted / measured {predicted / measured:.2f}"
     )
     for stage in STAGES:
-        amounts = terms(stage, LEFT_OUT, model.passes)
-        own = sum(model.seconds[stage][name] * amount for name, amount in amounts.items())
-        print(f"  {stage}: predicted {own:.2f} s, measured {left_out.seconds[stage]:.2f} s")
+        own, took = model.stage(stage, LEFT_OUT), left_out.seconds[stage]
+        passes = f", {model.passes(LEFT_OUT):.0f} of {left_out.passes} passes" if stage == "MAP" else ""
+        print(f"  {stage}: predicted {own:.2f} s, measured {took:.2f} s{passes}")
     return model
 
 
-def _sent(found: Found) -> list[tuple[Callable[[Size, int], int], list[int]]]:
+def _sent(found: Found) -> list[tuple[Callable[[Size, float], float], list[int]]]:
     return [(reduced, found.reduced), (told, found.told)]
 
 

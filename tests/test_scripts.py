@@ -331,16 +331,20 @@ def test_the_cost_model_finds_planted_costs_and_plans_by_them(monkeypatch):
     costs = {stage: 1e-9 * (2 + i) for i, stage in enumerate(model.STAGES)}
     points = []
     for n, d, k, r in [(1000, 8, 3, 1), (2000, 8, 3, 1), (1000, 32, 3, 1), (1000, 8, 7, 1), (4000, 16, 5, 2)]:
-        size, passes = Size(n, d, k, ranks=r), 20
+        size = Size(n, d, k, ranks=r)
+        passes = round(20 * k**0.5)
         took = {stage: cost * sum(model.terms(stage, size, passes).values()) for stage, cost in costs.items()}
-        found = Found(took, passes=passes, reduced=[8] * 20, told=[8] * 60, wire=[(80, 1.8e-4), (800, 9e-4)])
+        found = Found(
+            took, passes=passes, reduced=[8] * passes, told=[8] * 3 * passes, wire=[(80, 1.8e-4), (800, 9e-4)]
+        )
         points.append((size, found if r == 2 else Found(took, passes=passes)))
     fitted = model.fit(points)
     assert (fitted.latency, fitted.per_byte, fitted.messages) == pytest.approx((1e-4, 1e-6, 4))
     size = Size(3000, 24, 4, ranks=2)
-    compute = sum(cost * sum(model.terms(stage, size, 20).values()) for stage, cost in costs.items())
-    sent = 1e-6 * (model.reduced(size, 20) + model.told(size, 20)) + 20 * 4 * 1e-4
-    assert fitted.predict(size) == pytest.approx(compute + sent)
+    assert fitted.passes(size) == pytest.approx(40, rel=0.02)
+    compute = sum(cost * sum(model.terms(stage, size, 40).values()) for stage, cost in costs.items())
+    sent = 1e-6 * (model.reduced(size, 40) + model.told(size, 40)) + 40 * 4 * 1e-4
+    assert fitted.predict(size) == pytest.approx(compute + sent, rel=0.02)
     work = model.Workload(800, 70_000, {512: 700}, 4.0, 15, 5, 200)
     steps = {step.name: step for step in model.plan(Size(10**9, 512, 7, ranks=64), work)}
     images = 10**9 / 64

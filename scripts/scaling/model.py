@@ -11,7 +11,7 @@ from scaling.point import Found, Size
 from scipy.optimize import nnls
 
 
-def terms(stage: str, size: Size, passes: int) -> dict[str, float]:
+def terms(stage: str, size: Size, passes: float) -> dict[str, float]:
     """What a stage's seconds are a sum of; E = D+1, M = (K-1)E, P = K(K-1)/2 pairs of classes."""
     e, k = size.width + 1, size.classes
     own, m, pairs = size.images / size.ranks, (k - 1) * e, k * (k - 1) // 2
@@ -32,37 +32,47 @@ NUTS = "NUTS"
 STAGES = ("check", "gram", "MAP", "curvature")
 
 
-def reduced(size: Size, passes: int) -> int:
+def reduced(size: Size, passes: float) -> float:
     """Bytes that are all-reduced: the Gram matrix, one of its size a pair, K E + 1 numbers a pass, all float64."""
     e, k = size.width + 1, size.classes
     return 8 * (e * e + k * (k - 1) // 2 * e * e + passes * (k * e + 1))
 
 
-def told(size: Size, passes: int) -> int:
+def told(size: Size, passes: float) -> float:
     """Bytes that rank 0 broadcasts: where each pass is to be taken, K E numbers."""
     return 8 * passes * size.classes * (size.width + 1)
 
 
 @dataclass(frozen=True)
 class Model:
-    """Seconds a unit of each term, by stage; seconds a message and a byte; medians of the passes and of the messages
-    that go with one."""
+    """Seconds a unit of each term, by stage; seconds a message and a byte; exp of what times N, D+1 and K to which
+    powers the passes are; the median of the messages that go with one."""
 
     seconds: dict[str, dict[str, float]]
     latency: float
     per_byte: float
-    passes: int
+    growth: tuple[float, ...]
     messages: float
+
+    def passes(self, size: Size) -> float:
+        """Over the features, of one MAP."""
+        return math.exp(float(np.dot(self.growth, _logs(size))))
+
+    def stage(self, name: str, size: Size) -> float:
+        """Seconds of a stage without its messages."""
+        amounts = terms(name, size, self.passes(size))
+        return sum(self.seconds[name][term] * amount for term, amount in amounts.items())
 
     def predict(self, size: Size) -> float:
         """Seconds of a fit at a fixed prior precision."""
-        compute = sum(
-            self.seconds[stage][name] * amount
-            for stage in STAGES
-            for name, amount in terms(stage, size, self.passes).items()
-        )
-        sent = reduced(size, self.passes) + told(size, self.passes)
-        return compute + (size.ranks > 1) * (self.latency * self.messages * self.passes + self.per_byte * sent)
+        passes = self.passes(size)
+        sent = reduced(size, passes) + told(size, passes)
+        wire = self.latency * self.messages * passes + self.per_byte * sent
+        return sum(self.stage(name, size) for name in STAGES) + (size.ranks > 1) * wire
+
+
+def _logs(size: Size) -> list[float]:
+    return [1.0, math.log(size.images), math.log(size.width + 1), math.log(size.classes)]
 
 
 def fit(points: list[tuple[Size, Found]]) -> Model:
@@ -80,9 +90,11 @@ def fit(points: list[tuple[Size, Found]]) -> Model:
         matrix = np.stack([np.ones(len(wire)), wire[:, 0]], 1) / wire[:, 1:]
         scale = matrix.max(0)
         latency, per_byte = nnls(matrix / scale, np.ones(len(wire)))[0] / scale
-    passes = round(statistics.median(found.passes for _, found in points))
+    passes = np.log([found.passes for _, found in points])
+    growth = np.linalg.lstsq(np.array([_logs(size) for size, _ in points]), passes, rcond=None)[0]
     counts = [(len(found.reduced) + len(found.told)) / found.passes for _, found in points if found.told]
-    return Model(seconds, float(latency), float(per_byte), passes, statistics.median(counts) if counts else 0.0)
+    messages = statistics.median(counts) if counts else 0.0
+    return Model(seconds, float(latency), float(per_byte), tuple(growth.tolist()), messages)
 
 
 @dataclass(frozen=True)
@@ -158,9 +170,9 @@ def plan(size: Size, work: Workload, gpu: Hardware = Hardware()) -> list[Step]:
     """The stages of a run over ``size.images`` on ``size.ranks`` GPUs, each at the slowest of its limits (a roofline).
 
     A pass reads the features twice, for the logits and for the gradient; over the host link they come once, and are
-    read from the GPU's memory the second time. Refinement needs each image's logits' covariance beside each Hessian,
-    and prediction needs it once: as many operations as the Hessian takes. An expected loss writes and reads the logits
-    at all points of the images twice.
+    read from the GPU's memory the second time. Blocks of a Hessian are symmetric, and a fifth more than their halves is
+    computed. Refinement needs each image's logits' covariance beside each Hessian, whole blocks, and prediction needs
+    it once. An expected loss writes and reads the logits at all points of the images twice.
     """
     own, width, k = size.images / size.ranks, size.width + 1, size.classes
     pairs, held = k * (k - 1) // 2, 4.0 * own * size.width
@@ -169,7 +181,7 @@ def plan(size: Size, work: Workload, gpu: Hardware = Hardware()) -> list[Step]:
     where = "GPU memory" if resident else "host link"
     ring, hops = 2 * (size.ranks - 1) / size.ranks, math.log2(size.ranks)
     flops = gpu.reached * gpu.float32
-    gram = 1.2 * width * width * own / flops
+    gram, cover = 1.2 * width * width * own / flops, 2.0 * width * width * own / flops
 
     def step(name: str, limit: str, seconds: float, sent: float = 0.0, messages: float = 1.0, times: float = 1) -> Step:
         waits = gpu.latency * hops * messages + sent / (gpu.streamed * gpu.network) if sent else 0.0
@@ -191,11 +203,11 @@ def plan(size: Size, work: Workload, gpu: Hardware = Hardware()) -> list[Step]:
         step(
             f"refinement, {refined} Hessians",
             "float32",
-            2 * max(pairs * gram, scan) + factor,
+            max(pairs * (gram + cover), scan) + factor,
             pairs * matrix,
             times=refined,
         ),
         step(f"its {work.expectations} expected losses", "GPU memory", cloud, point, work.messages, work.expectations),
-        step("predict every image", "float32", max(pairs * gram, scan)),
+        step("predict every image", "float32", max(pairs * cover, scan)),
         step(f"{NUTS}, {work.leapfrogs:,} steps", where, scan, point, 2, work.leapfrogs),
     ]
