@@ -164,7 +164,7 @@ def draw(models: dict[str, Model], dataset: RadiographDataset, folder: Path) -> 
                 label=int(labels[row]),
                 classes=some.classes,
                 geometry=geometry[row],
-                title="nothing to compare" if outranks[row].isnan() else f"marker first: {outranks[row]:.2f}",
+                title="not both shown" if outranks[row].isnan() else f"marker p = {outranks[row]:.2f}",
             )
             for row in range(len(first))
         ]
