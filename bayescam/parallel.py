@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import import_module
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -121,6 +122,10 @@ def _count(name: str, *, default: int = 1) -> int:
 
 
 def _begin(backend: str, timeout: timedelta) -> dist.Store:
+    # On its first import this module takes the group of that moment for the default of its functions, and keeps it.
+    # DistributedDataParallel imports it; were that the first time, destroy_process_group could not end the group's
+    # threads, and one that still has a tensor to drop as the interpreter ends takes the process down (SIGABRT).
+    import_module("torch.distributed.nn.functional")
     try:
         store, own, count = next(dist.rendezvous("env://", timeout=timeout))
         meeting = dist.PrefixStore("group", store)

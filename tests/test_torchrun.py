@@ -78,6 +78,8 @@ def main(how: str, out: Path) -> int:
     status = bayescam([*command, "--config", str(out.with_name("settings.toml")), "--out", str(out)])
     if second:
         out.with_name("seen.json").write_text(json.dumps(seen))
+    threads = [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
+    out.with_name(f"threads-{os.environ['RANK']}.json").write_text(json.dumps(threads))
     return status
 
 
@@ -101,6 +103,7 @@ def torchrun(folder: Path, how: str) -> tuple[int, list[str]]:
         timeout=SECONDS,
         env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )
+    print(done.stderr)  # pytest shows it where a test fails
     said = [line for line in done.stderr.splitlines() if line.startswith("bayescam: ")]
     return done.returncode, said
 
@@ -110,6 +113,9 @@ def test_two_ranks_make_one_run(tmp_path):
     status, said = torchrun(tmp_path, "live")
     assert (status, said) == (0, [])
     assert json.loads((tmp_path / "seen.json").read_text()) == [], "only rank 0 writes"
+    for rank in range(2):  # a thread of the group's that outlives it can abort the process as the interpreter ends
+        threads = json.loads((tmp_path / f"threads-{rank}.json").read_text())
+        assert [name for name in threads if "gloo" in name] == []
     run = tmp_path / "run"
     assert json.loads((run / "run.json").read_text())["status"] == "complete"
     assert len((run / "history.csv").read_text().splitlines()) == 2
