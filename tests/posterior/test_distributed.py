@@ -21,11 +21,13 @@ import torch
 import bayescam as bc
 from bayescam.errors import RankError
 from bayescam.parallel import after_first, from_first, rows_on_first, share, shares, together
+from bayescam.posterior.evidence import BRACKET
 
 N, D, K = 101, 5, 4
 M = 120
 SECONDS = 300
 STRUCTURES = ("full", "kron", "diag")
+BRACKETS = {"full": BRACKET, "kron": (0.1, 10.0), "diag": (0.1, 10.0)}  # the MAPs of each tau are the same in all three
 NUTS = {"num_chains": 3, "num_samples": 10, "num_warmup": 15, "progress": False}
 
 
@@ -49,7 +51,8 @@ def results(phi, labels, structure, group=None):
     """Everything a fit says, tau chosen by the evidence and one class counted double."""
     weights = torch.ones(K)
     weights[1] = 2
-    fit = bc.fit_laplace(phi, labels, num_classes=K, structure=structure, class_weights=weights, group=group)
+    options = {"structure": structure, "bracket": BRACKETS[structure], "class_weights": weights}
+    fit = bc.fit_laplace(phi, labels, num_classes=K, group=group, **options)
     refined = fit.refine(phi, labels, group=group)
     return {
         "tau": torch.tensor(fit.prior_precision),
@@ -124,7 +127,8 @@ def plumbing(group):
 def everything(group, rank, folder):
     """Fits, draws and complaints of one rank: arrays and words."""
     found = {}
-    for dtype in (torch.float64, torch.float32):
+    few = torch.distributed.get_world_size(group) == 2
+    for dtype in (torch.float64, torch.float32) if few else (torch.float64,):
         phi, labels = (part[share(N, group)] for part in problem(dtype))
         for structure in STRUCTURES:
             values = results(phi, labels, structure, group)
@@ -220,6 +224,7 @@ def test_ranks_agree_with_one_in_float64(ranks, structure):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2], indirect=True)
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_ranks_agree_with_one_in_float32_within_a_thousandth_of_an_sd(ranks, structure):
     one = results(*problem(torch.float32), structure)
