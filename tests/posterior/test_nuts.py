@@ -164,7 +164,7 @@ def test_plain_and_whitened_and_refined_and_hmc_agree():
     laplace, features, labels = fitted(tau=0.3)
     plain = replace(laplace, covariance=fit_laplace(features, labels, prior_precision=0.3, structure="diag").covariance)
     runs = [
-        sample_nuts(one, features, labels, num_samples=1500, num_warmup=300, kernel=kernel, progress=False)
+        sample_nuts(one, features, labels, num_samples=700, num_warmup=200, kernel=kernel, progress=False)
         for one, kernel in [
             (laplace, "nuts"),
             (plain, "nuts"),

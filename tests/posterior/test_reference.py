@@ -76,7 +76,7 @@ def test_pyros_own_nuts_on_the_model_finds_the_reference():
     tools = script()
     features, labels = tools.data("spiral")
     pyro.set_rng_seed(1)
-    mcmc = MCMC(NUTS(last_layer), num_samples=400, warmup_steps=250, disable_progbar=True)
+    mcmc = MCMC(NUTS(last_layer), num_samples=250, warmup_steps=120, disable_progbar=True)
     mcmc.run(features, labels, num_classes=4, prior_precision=torch.tensor(stored["prior_precision"]).double())
     drawn = mcmc.get_samples(group_by_chain=True)
     found = tools.scalars(drawn["weight"], drawn["bias"], features, labels)
