@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--teaching", type=int, default=1000, help="images the network is trained on")
     parser.add_argument("--epochs", type=int, default=10, help="of the network")
     parser.add_argument("--samples", type=int, default=500, help="NUTS draws")
+    parser.add_argument("--warmup", type=int, default=150, help="NUTS transitions before them")
     parser.add_argument("--prior-precision", type=float, default=1.0, help="tau, and of the heads from the prior")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for what is printed, the numbers and the picture")
@@ -184,6 +185,7 @@ def posteriors(case: Case, parsed: argparse.Namespace) -> dict[str, Laplace | Dr
         case.labels,
         num_chains=1,
         num_samples=parsed.samples,
+        num_warmup=parsed.warmup,
         seed=parsed.seed,
         progress=False,
     )

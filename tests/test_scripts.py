@@ -32,8 +32,8 @@ SCRIPTS = sorted((REPOSITORY / "scripts").glob("[!_]*.py"))
 SETTINGS = """
 [data]
 image_size = 32
-phantom_images = 400
-limit = 320
+phantom_images = 250
+limit = 200
 [train]
 epochs = 1
 [nuts]
@@ -89,7 +89,11 @@ def test_the_readme_names_every_script():
 
 
 @pytest.mark.slow
-def test_the_experiments_run_small(tmp_path):
+def test_the_experiments_run_small(tmp_path, monkeypatch, capsys):
+    def printed_by(script, *arguments):
+        _here(monkeypatch, script, *arguments)
+        return capsys.readouterr().out
+
     (tmp_path / "settings.toml").write_text(SETTINGS)
     settings = ("--preset", "quick", "--config", tmp_path / "settings.toml")
     printed = _run("bench_pipeline.py", *settings, "--out", tmp_path / "b")
@@ -97,13 +101,12 @@ def test_the_experiments_run_small(tmp_path):
     assert (tmp_path / "b/bench_pipeline.md").read_text() == printed
     (tmp_path / "t").mkdir()
     (tmp_path / "b/quick").rename(tmp_path / "t/run")  # complete: table1.py need not run it again
-    printed = _run("table1.py", *settings, "--out", tmp_path / "t")
+    printed = printed_by("table1.py", *settings, "--out", tmp_path / "t")
     assert "| NUTS, tau sampled |" in printed
     assert "0.072 + 0.546 h" in printed
     run = tmp_path / "t/run"
-    printed = _run(
-        "laplace_vs_hmc.py", "--run", run, "--out", tmp_path / "l", "--taus", 1, "--sizes", 80, "--samples", 20
-    )
+    few = ("--taus", 1, "--sizes", 80, "--samples", 20, "--warmup", 20)
+    printed = printed_by("laplace_vs_hmc.py", "--run", run, "--out", tmp_path / "l", *few)
     assert "| refined |" in printed
     assert len(json.loads((tmp_path / "l/laplace_vs_hmc.json").read_text())) == 6
     assert (tmp_path / "l/laplace_vs_hmc.png").stat().st_size > 1000
@@ -116,9 +119,9 @@ def test_the_experiments_run_small(tmp_path):
     assert f"| {nuts['rhat']:.3f} | {nuts['ess']:.0f} |" in printed
     assert "not converged: n = 80, tau = 1" in printed
     few = ("--per-class", 10, "--prior-precision", 1, "--draws", 20)
-    assert "refined, 1 rows:" in _run("predictives.py", "--run", run, *few)
+    assert "refined, 1 rows:" in printed_by("predictives.py", "--run", run, *few)
     shift = ("shift_and_ood.py", "--run", run, "--members", 1, "--num-unknown", 12)
-    printed = _run(*shift, "--out", tmp_path / "s", "--limit", 1000)
+    printed = printed_by(*shift, "--out", tmp_path / "s", "--limit", 1000)
     assert "| deep ensemble |" in printed
     assert "| MC dropout |" in printed
     assert (tmp_path / "s/shift_and_ood.png").stat().st_size > 1000
@@ -136,7 +139,7 @@ def _picture(path: Path, seed: int, more: int) -> None:
 
 @pytest.mark.slow
 def test_shift_of_images_that_are_no_phantom_asks_for_unknown_ones(tmp_path, monkeypatch, capsys):
-    (tmp_path / "settings.toml").write_text(SETTINGS.replace("phantom_images = 400\nlimit = 320\n", ""))
+    (tmp_path / "settings.toml").write_text(SETTINGS.replace("phantom_images = 250\nlimit = 200\n", ""))
     for label in ("left", "right"):
         for i in range(40):
             _picture(tmp_path / f"images/{label}/{i}.png", i, 100 * (label == "left"))
@@ -162,7 +165,7 @@ def test_the_studys_table_of_a_mura_tree(tmp_path, monkeypatch, capsys):
     (tmp_path / "settings.toml").write_text(SETTINGS)
     assert main(["data", "phantom", "--num", "200", "--layout", "mura", "--out", str(tmp_path / "tree")]) == 0
     where = ("--root", tmp_path / "tree/MURA-v1.1", "--config", tmp_path / "settings.toml", "--out", tmp_path / "t")
-    _here(monkeypatch, "table1.py", "--data", "mura", *where)
+    _here(monkeypatch, "table1.py", "--data", "mura", "--preset", "quick", *where)
     assert "| Laplace, full |" in capsys.readouterr().out
     data = json.loads((tmp_path / "t/run/data.json").read_text())
     official = sum(1 for _ in (tmp_path / "tree/MURA-v1.1/valid").rglob("*.png"))
@@ -175,12 +178,12 @@ SMALL = {
     "bench_laplace.py": ("--images 300 --width 8 --peers --repeats 1 --refine", "| ours: refine, after the fit"),
     "bench_nuts.py": ("--size tiny --peers --samples 20 --seed 1", "share of a chain's time outside the potential"),
     "cam_coverage.py": (
-        "--sets 2 --train 40 --test 4 --teaching 80 --epochs 1 --samples 20",
+        "--sets 2 --train 40 --test 4 --teaching 48 --epochs 1 --samples 20 --warmup 20",
         "error of the means / sd |",
     ),
     "cam_localisation.py": ("--train 80 --test 14 --epochs 1", "| bell in the centre |"),
     "sbc.py": ("--simulations 3 --draws 9", "nuts: "),
-    "shortcut_marker.py": ("--train 80 --test 16 --epochs 1", "| marker tied to the class |"),
+    "shortcut_marker.py": ("--train 80 --test 16 --epochs 1 --parts elbow wrist", "| marker tied to the class |"),
 }
 LEFT = {  # what they leave in --out; the first file is what they print
     "bench_cam.py": ["bench_cam.md"],
@@ -355,13 +358,14 @@ def test_the_cost_model_finds_planted_costs_and_plans_by_them(monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_starts_processes_runs_small(tmp_path):
+def test_what_starts_processes_runs_small(tmp_path, monkeypatch, capsys):
     printed = _run("bench_data.py", "--num", 12, "--size", 32, "--repeats", 1, "--out", tmp_path)
     assert "bayescam phantom, 1 process" in printed
-    printed = _run("bench_scale.py", "--million", 500, 1000, "--out", tmp_path)
-    assert "exponent of time over N" in printed
+    _here(monkeypatch, "bench_scale.py", "--million", 500, 1000, "--out", tmp_path)
+    assert "exponent of time over N" in capsys.readouterr().out
     small = ("--train", 64, "--test", 16, "--size", 32, "--epochs", 1)
-    assert "accuracy" in _run("phantom_difficulty.py", *small, "--out", tmp_path)
+    _here(monkeypatch, "phantom_difficulty.py", *small, "--out", tmp_path)
+    assert "accuracy" in capsys.readouterr().out
     assert (tmp_path / "phantom_difficulty.txt").is_file()
 
 
