@@ -50,7 +50,7 @@ def network():
 @pytest.mark.slow
 def test_small_network_is_good_not_perfect_and_confuses_neighbours():
     images, labels = pictures()
-    net, epochs, batch = network(), 8, 32
+    net, epochs, batch = network(), 5, 32
     optimiser = torch.optim.AdamW(net.parameters(), 4e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=epochs * (TRAIN // batch))
     for _ in range(epochs):
