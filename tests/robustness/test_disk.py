@@ -41,7 +41,7 @@ def driver(driver):
 
 @pytest.fixture(scope="module")
 def config(settings, tiny):
-    return settings(tiny, epochs="1")
+    return settings(tiny, epochs="1", num_images="1")
 
 
 def test_a_disk_that_is_full_and_then_is_not(driver, config, tmp_path):

@@ -82,9 +82,9 @@ def hostile(driver, settings, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(driver, settings, tiny, tmp_path_factory):
-    """A run like it over ordinary names."""
+    """A run like it over ordinary names; its figures are blank."""
     out = tmp_path_factory.mktemp("plain") / "run"
-    assert driver.run("run", "--config", settings(tiny), "--out", out, cache=out.parent / "cache").status == 0
+    assert driver.sketch("run", "--config", settings(tiny), "--out", out, cache=out.parent / "cache").status == 0
     return out
 
 
