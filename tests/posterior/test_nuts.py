@@ -52,6 +52,12 @@ def t_values(draws, mean, method="mean"):
     return (flat.mean((0, 1)) - np.ravel(mean)) / (flat.std((0, 1)) / np.sqrt(effective))
 
 
+def standard_error(draws):
+    """(C, S, P) draws -> MCSE of their means and effective sample sizes, (P,) each."""
+    effective = np.array([ess(draws[..., i], "mean") for i in range(draws.shape[-1])])
+    return draws.std((0, 1)) / np.sqrt(effective), effective
+
+
 class Gaussian:
     """A potential with known moments: z ~ Normal(0, covariance)."""
 
@@ -175,15 +181,14 @@ def test_plain_and_whitened_and_refined_and_hmc_agree():
     moments = []
     for run in runs:
         centred = run.draws.centred().theta().numpy()
-        effective = np.array([ess(centred[..., i], "mean") for i in range(centred.shape[-1])])
+        mean, sd = centred.mean((0, 1)), centred.std((0, 1))
+        mean_error, effective = standard_error(centred)
         assert effective.min() > 300
-        moments.append((centred.mean((0, 1)), centred.std((0, 1)), effective))
-    mean, sd, effective = moments[0]
-    for other_mean, other_sd, other_effective in moments[1:]:
-        error = np.sqrt(sd**2 / effective + other_sd**2 / other_effective)
-        assert np.abs((mean - other_mean) / error).max() < 5
-        # Heavy tails make the sd noisier than the normal law's 1/sqrt(2 ESS): three times that is allowed for.
-        assert np.abs(other_sd / sd - 1).max() < 15 / np.sqrt(2 * min(effective.min(), other_effective.min()))
+        moments.append((mean, mean_error, sd, standard_error((centred - mean) ** 2)[0] / (2 * sd)))
+    mean, mean_error, sd, sd_error = moments[0]
+    for other_mean, other_mean_error, other_sd, other_sd_error in moments[1:]:
+        assert (np.abs(mean - other_mean) / np.hypot(mean_error, other_mean_error)).max() < 5
+        assert (np.abs(sd - other_sd) / np.hypot(sd_error, other_sd_error)).max() < 5
 
 
 def test_seed_decides_and_the_callers_stream_is_left_alone():
