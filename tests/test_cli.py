@@ -165,6 +165,20 @@ def test_pipes_that_close_full_disks_and_plain_terminals(tmp_path, shell, status
     assert len(done.stderr.splitlines()) == bool(said)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)],
+)
+def test_threads_wait_briefly_unless_the_user_says_otherwise(monkeypatch, given, expected):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    main([])
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
+    os.environ.pop("GOMP_SPINCOUNT", None)
+
+
 def test_unknown_flags_and_no_command_are_wrong_usage(capsys):
     assert main([]) == 2
     with pytest.raises(SystemExit) as stopped:
