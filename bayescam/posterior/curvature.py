@@ -31,18 +31,34 @@ _LOST_DIGITS = 1e-3
 _DOUBLINGS = 10
 _GRAM_ROWS = 8192
 _STRIP = 128
+_KEPT_ELEMENTS = 1 << 24
 Probabilities = Callable[[slice, Tensor], Tensor]
 
 
 def probabilities_at(theta: Tensor, images: TrainingImages) -> Probabilities:
-    """p_n = softmax(weight phi_n + bias) for a chunk of images, (n, K)."""
+    """p_n = softmax(weight phi_n + bias) for a chunk of images: (n, K), a class's in a row of memory."""
     low = theta.to(images.dtype)
 
     def probabilities(_: slice, phi: Tensor) -> Tensor:
         here = low if phi.dtype == low.dtype else theta.to(phi)
-        return torch.addmm(here[:, -1], phi, here[:, :-1].T).softmax(-1)
+        return torch.addmm(here[:, -1:], here[:, :-1], phi.T).softmax(0).T
 
     return probabilities
+
+
+def computed_once(probabilities: Probabilities, images: TrainingImages) -> Probabilities:
+    """The same for sums that read the same chunks again, each chunk's kept where all take at most 64 MiB in float32."""
+    if len(images.labels) * images.num_classes > _KEPT_ELEMENTS:
+        return probabilities
+    kept: dict[tuple[int, int], Tensor] = {}
+
+    def found(span: slice, phi: Tensor) -> Tensor:
+        chunk = (span.start, span.stop)
+        if chunk not in kept:
+            kept[chunk] = probabilities(span, phi)
+        return kept[chunk]
+
+    return found
 
 
 def pair_products(proba: Tensor) -> Tensor:
@@ -217,13 +233,25 @@ def kron_covariance(gram: Tensor, class_curvature: Tensor, prior_precision: floa
     Raises:
         ValueError: the features are so large that their squares overflow.
     """
+    return feature_covariance(gram, len(class_curvature), prior_precision).with_classes(class_curvature, num_images)
+
+
+def feature_covariance(gram: Tensor, num_classes: int, prior_precision: float) -> KronCovariance:
+    """(C (x) A + tau I)^-1, C = I - 11^T/K: the covariance before anything is known of the classes.
+
+    Args:
+        gram: A, (D+1, D+1); eigenvalues below nought count as nought.
+        num_classes: K.
+        prior_precision: tau.
+
+    Raises:
+        ValueError: the features are so large that their squares overflow.
+    """
     if not bool(torch.isfinite(gram).all()):
         raise ValueError("features: the sum of their squares overflows; standardise them")
-    basis = contrast_basis(len(class_curvature), like=class_curvature)
+    basis = contrast_basis(num_classes, like=gram)
     values, vectors = torch.linalg.eigh(gram)
-    unit = torch.ones_like(basis[0])
-    bare = KronCovariance(basis, unit, vectors, values.clamp(min=0), prior_precision)
-    return bare.with_classes(class_curvature, num_images)
+    return KronCovariance(basis, torch.ones_like(basis[0]), vectors, values.clamp(min=0), prior_precision)
 
 
 def class_curvature(images: TrainingImages, probabilities: Probabilities) -> Tensor:
@@ -250,18 +278,18 @@ def diag_covariance(images: TrainingImages, probabilities: Probabilities, prior_
     return DiagCovariance(images.total(total) + prior_precision, prior_precision)
 
 
-def hessian_product(theta: Tensor, vector: Tensor, images: TrainingImages, prior_precision: float) -> Tensor:
-    """H v without H: sum_n w_n (Lambda_n V phi~_n) phi~_n^T + tau V; theta, vector and result (K, D+1) float64."""
-    k = images.num_classes
-    both = torch.cat([theta, vector]).to(images.dtype)
-    product = prior_precision * vector
+def hessian_product(
+    probabilities: Probabilities, vector: Tensor, images: TrainingImages, prior_precision: float
+) -> Tensor:
+    """H v without H: sum_n w_n (Lambda_n V phi~_n) phi~_n^T + tau V; vector and result (K, D+1) float64."""
+    low = vector.to(images.dtype)
     sums = torch.zeros_like(vector)
     for span, phi in images.chunks():
-        logits, along = torch.addmm(both[:, -1:], both[:, :-1], phi.T).split(k)
-        proba = logits.softmax(0)
-        change = proba * (along - (proba * along).sum(0))
+        proba = probabilities(span, phi).T
+        along = torch.addmm(low[:, -1:], low[:, :-1], phi.T)
+        change = along.sub_(torch.linalg.vecdot(proba, along, dim=0)).mul_(proba)
         if images.image_weights is not None:
             change *= images.image_weights[span].to(change)
-        sums[:, :-1] += (change @ phi).double()
+        sums[:, :-1] += change @ phi
         sums[:, -1] += change.sum(1, dtype=torch.float64)
-    return product + images.total(sums)
+    return prior_precision * vector + images.total(sums)

@@ -23,8 +23,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bayescam.posterior.covariance import KronCovariance, contrast_basis
-from bayescam.posterior.curvature import weighted_gram
+from bayescam.posterior.covariance import KronCovariance
+from bayescam.posterior.curvature import feature_covariance, weighted_gram
 from bayescam.posterior.images import TrainingImages, augment
 
 _ELEMENTS = 1 << 23
@@ -53,9 +53,7 @@ def covariance_of(factors: Tensor, num_classes: int, prior_precision: float) -> 
     """The covariance whose factors B and A are joined in a vector; eigenvalues below nought count as nought."""
     k = num_classes
     width = round((len(factors) - k * k) ** 0.5)
-    values, vectors = torch.linalg.eigh(factors[k * k :].reshape(width, width))
-    unit = torch.ones(k - 1).to(values)
-    bare = KronCovariance(contrast_basis(k, like=values), unit, vectors, values.clamp(min=0), prior_precision)
+    bare = feature_covariance(factors[k * k :].reshape(width, width), k, prior_precision)
     return bare.with_classes(factors[: k * k].reshape(k, k), 1.0)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-_HISTORY = 10
+_HISTORY = 5
 _ARMIJO = 1e-4
 _SHORTEST = 1e-6
 _ROUNDING = 1e-9

@@ -11,12 +11,14 @@ from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
 from bayescam.errors import ConvergenceError
-from bayescam.posterior.covariance import KronCovariance, centring
+from bayescam.posterior.covariance import KronCovariance
 from bayescam.posterior.curvature import (
+    Probabilities,
     class_curvature,
+    computed_once,
+    feature_covariance,
     feature_gram,
     hessian_product,
-    kron_covariance,
     probabilities_at,
 )
 from bayescam.posterior.images import TrainingImages
@@ -30,6 +32,7 @@ NEWTON_STEPS = 30
 TOLERANCE = 1e-3
 _CG_STEPS = 200
 _CG_SHARE = 1e-4
+_CG_SHARE_FAR = 1e-2
 _CG_TOLERANCE = 0.2
 _LOGIT_CHANGE = 0.01
 _FLOAT32_SPREAD = 1e4
@@ -59,7 +62,8 @@ def whitening(images: TrainingImages, *, exact: bool = False) -> KronCovariance:
     ``exact`` takes the features' Gram matrix in float64: the posterior's own factor, where that is Kronecker's.
     """
     gram, k = feature_gram(replace(images, widened=True) if exact else images), images.num_classes
-    return kron_covariance(gram, centring(k, like=gram) / k, 1.0, 1.0)
+    bare = feature_covariance(gram, k, 1.0)
+    return replace(bare, class_values=bare.class_values / k)
 
 
 def descend(
@@ -109,14 +113,15 @@ def _product_type(eigenvalues: Tensor) -> torch.dtype:
 
 
 def newton_direction(
-    theta: Tensor, gradient: Tensor, images: TrainingImages, whitener: KronCovariance, tolerance: float
+    probabilities: Probabilities, gradient: Tensor, images: TrainingImages, whitener: KronCovariance, tolerance: float
 ) -> tuple[Tensor, float]:
     """H^-1 g by conjugate gradients, preconditioned by the Kronecker curvature P, and sqrt(g^T H^-1 g).
 
     With r the residual after some steps, r^T H^-1 r is what the squared decrement still lacks. It is at most
     r^T P^-1 r / l, l the smallest eigenvalue of P^-1 H, of which the steps tell: it is near the smallest one of
-    Lanczos's matrix (Golub and Meurant 2010). Solved until that is below 1e-4 of the squared decrement, or below
-    (tolerance / 5)^2. The decrement is NaN where the rounding of the products hides that H is positive definite.
+    Lanczos's matrix (Golub and Meurant 2010). Solved until that is below 1e-4 of the squared decrement, below 1e-2 of
+    one above (100 tolerance)^2, after which another step is due anyway, or below (tolerance / 5)^2. The decrement is
+    NaN where the rounding of the products hides that H is positive definite.
     """
     low = whitener.to(_product_type(whitener.eigenvalues))
     step, residual = torch.zeros_like(gradient), gradient.clone()
@@ -127,7 +132,7 @@ def newton_direction(
         if rho <= 0.0:
             break
         direction = images.agreed(direction)
-        product = hessian_product(theta, direction, images, whitener.prior_precision)
+        product = hessian_product(probabilities, direction, images, whitener.prior_precision)
         bend = images.agreed_number(float((direction * product).sum()))
         if not 0.0 < bend < math.inf:
             return _centred(step), math.nan
@@ -138,7 +143,8 @@ def newton_direction(
         solved = low.solve(residual)
         rho, previous = images.agreed_number(float((residual * solved).sum())), rho
         lanczos.add(length, rho / previous)
-        if rho / images.agreed_number(lanczos.smallest()) < max(_CG_SHARE * squared, (_CG_TOLERANCE * tolerance) ** 2):
+        share = _CG_SHARE if _CG_SHARE * squared < tolerance**2 else _CG_SHARE_FAR
+        if rho / images.agreed_number(lanczos.smallest()) < max(share * squared, (_CG_TOLERANCE * tolerance) ** 2):
             break
         direction = solved + (rho / previous) * direction
     return _centred(step), math.sqrt(squared)
@@ -198,9 +204,9 @@ def find_map(
     previous, needed = math.inf, aim
     for _ in range(NEWTON_STEPS):
         value, gradient = negative_log_joint(theta, images, prior_precision)
-        curvature = class_curvature(images, probabilities_at(theta, images))
-        local = whitener.with_classes(curvature, images.weight())
-        step, decrement = newton_direction(theta, gradient, images, local, needed)
+        probabilities = computed_once(probabilities_at(theta, images), images)
+        local = whitener.with_classes(class_curvature(images, probabilities), images.weight())
+        step, decrement = newton_direction(probabilities, gradient, images, local, needed)
         if decrement < tolerance:
             moved = largest_change(images, step)
             if moved < _LOGIT_CHANGE and (decrement < aim or decrement > previous / 2):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -10,9 +12,13 @@ from bayescam.posterior import curvature
 from bayescam.posterior.covariance import contrast_basis
 from bayescam.posterior.curvature import (
     check_full_fits,
+    class_curvature,
+    computed_once,
     diag_covariance,
+    feature_gram,
     full_covariance,
     hessian_product,
+    kron_covariance,
     pair_grams,
     pair_products,
     probabilities_at,
@@ -70,7 +76,34 @@ def test_diag_is_the_hessian_s_diagonal(images):
 def test_product_is_hessian_times_vector(images):
     theta, vector = torch.randn(2, K, D + 1, dtype=torch.float64)
     expected = autodiff_hessian(images, theta) @ vector.flatten()
-    torch.testing.assert_close(hessian_product(theta, vector, images, TAU).flatten(), expected)
+    found = hessian_product(probabilities_at(theta, images), vector, images, TAU)
+    torch.testing.assert_close(found.flatten(), expected)
+
+
+def test_probabilities_are_computed_once_where_they_take_little_memory(images, monkeypatch):
+    asked = []
+
+    def counted(span, phi):
+        asked.append(span)
+        return torch.full((len(phi), K), span.start + 0.5)
+
+    monkeypatch.setattr(curvature, "_KEPT_ELEMENTS", N * K)
+    kept = computed_once(counted, images)
+    for _ in range(2):
+        for span, phi in images.chunks(7):
+            assert bool((kept(span, phi) == span.start + 0.5).all())
+            assert len(kept(span, phi)) == len(phi)
+    assert len(asked) == math.ceil(N / 7)
+    monkeypatch.setattr(curvature, "_KEPT_ELEMENTS", N * K - 1)
+    assert computed_once(counted, images) is counted
+
+
+def test_metric_of_the_descent_is_the_kronecker_curvature_at_zero(images):
+    zero = torch.zeros(K, D + 1, dtype=torch.float64)
+    curved = class_curvature(images, probabilities_at(zero, images))
+    expected = kron_covariance(feature_gram(images), curved, 1.0, images.weight())
+    rows = torch.randn(5, D + 1, dtype=torch.float64)
+    torch.testing.assert_close(whitening(images).logit_covariance(rows), expected.logit_covariance(rows))
 
 
 def test_kron_is_the_product_of_mean_curvature_and_gram(images):

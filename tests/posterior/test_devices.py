@@ -60,7 +60,7 @@ def is_there(*tensors, dtype=torch.float64):
 def test_sums_over_images_stay_there_and_are_float64(images):
     theta = torch.empty(K, E, dtype=torch.float64, device=THERE)
     is_there(*negative_log_joint(theta, images, 1.0))
-    is_there(hessian_product(theta, theta, images, 1.0))
+    is_there(hessian_product(probabilities_at(theta, images), theta, images, 1.0))
     is_there(feature_gram(images))
     is_there(class_curvature(images, probabilities_at(theta, images)))
     is_there(diag_covariance(images, probabilities_at(theta, images), 1.0).precision)

@@ -25,7 +25,7 @@ def potentials(structure="full", class_weights=None, dtype=torch.float64, chunke
     features, labels = data(dtype=dtype)
     images = check_images(features, labels, num_classes=4, class_weights=class_weights)
     laplace = fit_laplace(
-        features, labels, num_classes=4, prior_precision=0.7, structure=structure, class_weights=class_weights
+        features.double(), labels, num_classes=4, prior_precision=0.7, structure=structure, class_weights=class_weights
     )
     mean = laplace.theta_mean - laplace.theta_mean.mean(0)
     likelihood = SoftmaxLikelihood(images)
@@ -108,14 +108,14 @@ def test_gradient_equals_finite_differences_and_pyros_autograd_route(which):
 
 
 @pytest.mark.parametrize("which", [2, 3])
-def test_float32_products_move_the_energy_by_less_than_a_thousandth(which):
+def test_float32_products_move_the_energy_by_less_than_a_ten_thousandth(which):
     fine, coarse = potentials()[which], potentials(dtype=torch.float32)[which]
     for _ in range(20):
         z = 1.5 * torch.randn(fine.dimension, dtype=torch.float64)
         exact, slope = fine.value_and_gradient(z)
         rounded, rough = coarse.value_and_gradient(z)
-        assert abs(exact - rounded) < 1e-3
-        torch.testing.assert_close(slope, rough, rtol=1e-4, atol=1e-3)  # in sds: how near to the MAP float32 comes
+        assert abs(exact - rounded) < 1e-4
+        torch.testing.assert_close(slope, rough, rtol=1e-4, atol=1e-3)  # in sds
         assert rough.dtype == torch.float64
 
 
