@@ -127,8 +127,7 @@ def plumbing(group):
 def everything(group, rank, folder):
     """Fits, draws and complaints of one rank: arrays and words."""
     found = {}
-    few = torch.distributed.get_world_size(group) == 2
-    for dtype in (torch.float64, torch.float32) if few else (torch.float64,):
+    for dtype in (torch.float64, torch.float32):
         phi, labels = (part[share(N, group)] for part in problem(dtype))
         for structure in STRUCTURES:
             values = results(phi, labels, structure, group)
@@ -224,7 +223,6 @@ def test_ranks_agree_with_one_in_float64(ranks, structure):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2], indirect=True)
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_ranks_agree_with_one_in_float32_within_a_thousandth_of_an_sd(ranks, structure):
     one = results(*problem(torch.float32), structure)
