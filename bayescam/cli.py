@@ -57,8 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _wait_briefly() -> None:
     """Let threads that wait for one another give back their core after some 10,000 looks, before torch starts them.
 
-    GNU's OpenMP looks thirty times as long. Where others work on the same cores the thread waited for then gets none,
-    and small products take many times as long. What the user has set holds.
+    GNU's OpenMP looks 300,000 times. Where others work on the same cores the thread waited for then gets none, and
+    small products take many times as long. What the user has set holds.
+
+    Source: GOMP_SPINCOUNT in the manual of GNU libgomp.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -15,7 +15,7 @@ import bayescam as bc
 from bayescam.cli import main
 from bayescam.diagnose import nuts_checks
 from bayescam.diagnose.arviz_compat import get_dataset
-from bayescam.diagnose.convergence import spread
+from bayescam.diagnose.convergence import convergence, probabilities, spread
 from bayescam.diagnose.diagnosis import diagnose_run, laplace_checks, precision_pivots
 from bayescam.diagnose.inference_data import load, save
 from bayescam.errors import BayescamError, FileFormatError
@@ -177,16 +177,26 @@ def test_between_the_two_limits_is_a_note(changed):
 def same(found, expected):
     """R-hat, bulk and tail ESS of the same draws, computed twice.
 
-    A draw that a chain stays at is a tie, which the rounding of its probabilities breaks: at a quantile of the tails it
-    may count or not, one of some forty beyond.
+    A draw at which a chain stays is a tie. Where it lies at a quantile of the tails, rounding says whether it counts
+    among the some forty draws beyond.
     """
     return found[:2] == pytest.approx(expected[:2], rel=1e-3) and found[2] == pytest.approx(expected[2], rel=0.15)
 
 
-def test_probabilities_converge_as_the_comparison_says(sound):
+def test_probabilities_converge_as_the_comparison_says(sound, fitted, monkeypatch):
+    seen = []
+
+    def noted(draws):
+        seen.append(draws)
+        return convergence(draws)
+
+    monkeypatch.setattr(nuts_checks, "convergence", noted)
     compared = json.loads((sound / "comparison.json").read_text())["convergence"]["probabilities"]
     found = [check.value for check in checks(diagnose_run(sound), "probabilities")]
     assert same(found, [compared[name] for name in ("rhat", "ess_bulk", "ess_tail")])
+    features, _, _, nuts = fitted
+    expected = probabilities(nuts.draws.weight, nuts.draws.bias, features[spread(N)])
+    assert any(draws.shape == expected.shape and np.allclose(draws, expected, rtol=1e-13, atol=0) for draws in seen)
 
 
 def test_probabilities_are_the_file_s_where_it_has_no_features(folder, groups, changed):
